@@ -1,0 +1,231 @@
+"""Read documents from a file, a folder or a hub data set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from depthsearch.errors import DataError, StorageError
+from depthsearch.sources import is_disk_full, is_path, one_line, quiet
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+_ALLOWED = "txt, jsonl, json, csv, parquet"
+_READ_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts in the order read, and the sha256 that names them in a signature."""
+
+    texts: tuple[str, ...]
+    source: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, texts: Iterable[str], source: str) -> Documents:
+        """Bundle `texts`; the fingerprint covers each text and its length, not `source`."""
+        texts = tuple(texts)
+        digest = hashlib.sha256()
+        for text in texts:
+            encoded = text.encode("utf-8", errors="surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little"))
+            digest.update(encoded)
+        return cls(texts, source, digest.hexdigest())
+
+
+def load_documents(
+    text: str, column: str | None = None, split: str = "train", subset: str | None = None
+) -> Documents:
+    """Read the documents of a local file or folder, or of a hub data set.
+
+    `text` is a txt, jsonl, json, csv or parquet file, a folder that holds files of one of these
+    types (taken in order of name), or a hub id. In txt files blank lines separate documents; a
+    json file holds a list of objects, an object of objects, or an object with one such list.
+    `column` names the field with the text; None takes `text`, else the only field of strings.
+    `split` and `subset` matter to hub data sets only; `split` may be a slice such as
+    `train[:1000]`, which keeps a large data set from being read whole. Blank texts are left out.
+
+    Raises DataError where nothing usable is found, StorageError when the disk is full.
+    """
+    source = text if subset is None else f"{text}[{subset}]"
+    if is_path(text, SUFFIXES):
+        files = _files(text)
+        if files[0].suffix.lower() == ".txt":
+            if column not in (None, "text"):
+                raise DataError(
+                    f"{text}: column {column!r} asked for, but txt files have none; leave "
+                    "column out"
+                )
+            texts: Sequence[object] = [part for file in files for part in _paragraphs(file)]
+        else:
+            with _reading(text):
+                dataset = _local(files)
+            texts = _column(dataset, column, text)
+    else:
+        source = f"{source}:{split}"
+        with _reading(text, hub=True):
+            dataset = _hub(text, subset, split)
+        texts = _column(dataset, column, text)
+    kept = [value for value in texts if isinstance(value, str) and value.strip()]
+    if not kept:
+        raise DataError(f"{text}: holds no text; give a file or column with at least one document")
+    return Documents.of(kept, source)
+
+
+def _files(text: str) -> list[Path]:
+    path = Path(text).expanduser()
+    if not text or not path.exists():
+        raise DataError(
+            f"{text!r}: no such file or folder; give an existing {_ALLOWED} file, a folder of "
+            "them, or a hub data set id such as owner/name"
+        )
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{text}: unknown file type {path.suffix!r}; allowed: {_ALLOWED}")
+        return [path]
+    files = sorted(
+        file
+        for file in path.iterdir()
+        if file.is_file() and file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    )
+    found = sorted({file.suffix.lower() for file in files})
+    if len(found) != 1:
+        holds = f"files of several types ({', '.join(found)})" if found else f"no {_ALLOWED} file"
+        raise DataError(f"{text}: the folder holds {holds}; give one file, or files of one type")
+    return files
+
+
+def _paragraphs(file: Path) -> list[str]:
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({one_line(error)}); convert it first") from error
+    except OSError as error:
+        raise DataError(f"{file}: can't be read ({one_line(error)})") from error
+    return [part.strip() for part in re.split(r"\n\s*\n", content)]
+
+
+def _local(files: list[Path]) -> Any:
+    """The rows of jsonl, json, csv or parquet files as an in-memory `datasets.Dataset`."""
+    from datasets import Dataset
+
+    kind = files[0].suffix.lower()
+    if all(file.stat().st_size == 0 for file in files):
+        raise DataError(f"{files[0]}: the file is empty; give one with at least one document")
+    if kind == ".json":
+        rows = _json_rows(files)
+        if rows is not None:
+            return Dataset.from_list(rows)
+    readers = {".csv": Dataset.from_csv, ".parquet": Dataset.from_parquet}
+    names = [str(file) for file in files if file.stat().st_size > 0]
+    with tempfile.TemporaryDirectory(prefix="depthsearch-") as scratch:
+        return readers.get(kind, Dataset.from_json)(names, cache_dir=scratch, keep_in_memory=True)
+
+
+def _json_rows(files: list[Path]) -> list[dict[str, object]] | None:
+    """One dict a document, or None when the files turn out to hold one JSON value a line."""
+    rows: list[dict[str, object]] = []
+    for file in files:
+        try:
+            value = json.loads(file.read_text(encoding="utf-8-sig"))
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data":
+                return None
+            raise
+        if isinstance(value, dict):
+            lists = [item for item in value.values() if isinstance(item, list)]
+            if value and all(isinstance(item, dict) for item in value.values()):
+                value = list(value.values())
+            elif len(lists) == 1 and all(isinstance(item, dict) for item in lists[0]):
+                value = lists[0]
+            else:
+                value = [value]
+        if not isinstance(value, list):
+            raise DataError(f"{file}: holds one {type(value).__name__}; wanted a list of objects")
+        records: list[Any] = [{"text": item} if isinstance(item, str) else item for item in value]
+        if not all(isinstance(record, dict) for record in records):
+            raise DataError(f"{file}: wanted a list of objects or of strings; it mixes other types")
+        rows += records
+    if not rows:
+        raise DataError(f"{files[0]}: holds no record; give a file with at least one document")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _hub(name: str, subset: str | None, split: str) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset(name, subset, split=split)
+
+
+def _column(dataset: Any, column: str | None, source: str) -> Sequence[object]:
+    features = dataset.features
+    strings = [
+        name
+        for name, feature in features.items()
+        if getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
+    ]
+    listed = ", ".join(list(features)[:20]) or "none"
+    if column is None:
+        if "text" in strings:
+            column = "text"
+        elif len(strings) == 1:
+            column = strings[0]
+        else:
+            raise DataError(
+                f"{source}: no column of text is named and {len(strings)} could be meant; set "
+                f"column to one of: {', '.join(strings[:20]) or listed}"
+            )
+    if column not in features:
+        raise DataError(f"{source}: no column {column!r}; it has: {listed}")
+    if column not in strings:
+        raise DataError(
+            f"{source}: column {column!r} holds {getattr(features[column], 'dtype', 'lists')}, "
+            f"not text; columns of text: {', '.join(strings) or 'none'}"
+        )
+    return list(dataset[column])
+
+
+@contextmanager
+def _reading(source: str, hub: bool = False) -> Iterator[None]:
+    """Run a read of the `datasets` library silently and turn what it raises into one line."""
+    from datasets.exceptions import DatasetsError
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    disabled = are_progress_bars_disabled()
+    with quiet():
+        disable_progress_bars()
+        try:
+            yield
+        except (*_READ_ERRORS, DatasetsError) as error:
+            if is_disk_full(error):
+                raise StorageError(
+                    f"{source}: the disk is full; free some space or point TMPDIR or HF_HOME to "
+                    "another disk"
+                ) from error
+            if not hub:
+                raise DataError(
+                    f"{source}: can't be read ({one_line(error)}); check that the file is whole "
+                    f"and of the type its name says"
+                ) from error
+            hint = "check the id, the subset and the split"
+            if isinstance(error, ConnectionError):
+                hint = (
+                    "the hub can't be reached: give a local file instead, or unset HF_HUB_OFFLINE "
+                    "if the network is there"
+                )
+            raise DataError(f"data set {source}: {one_line(error)}; {hint}") from error
+        finally:
+            if not disabled:
+                enable_progress_bars()

@@ -1,0 +1,159 @@
+"""Cut documents into token windows, in three splits that share no document.
+
+held-out    the same documents for every seed: what final figures are measured on
+select      drawn by the seed: the search compares masks on it
+finals      drawn by the seed: the search re-ranks its finalists on it
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from depthsearch.calibration.text import Documents
+from depthsearch.errors import DataError
+
+HELDOUT_SEED = 20_250_117
+"""Fixes which documents are held out, whatever the seed of a run."""
+
+_DOCUMENTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Token windows of three disjoint sets of documents, each `[n, window_tokens]` of int64."""
+
+    select: Tensor
+    finals: Tensor
+    heldout: Tensor
+    fingerprint: str
+    window_tokens: int
+
+
+def make_splits(
+    documents: Documents,
+    tokenizer: Any,
+    window_tokens: int,
+    select_tokens: int,
+    finals_tokens: int,
+    heldout_tokens: int,
+    heldout_fraction: float,
+    seed: int,
+) -> Splits:
+    """Tokenize as many documents as needed and pack each split into windows of one length.
+
+    Repeated texts count once, so that none can stand on both sides of a split. A share
+    `heldout_fraction` of the documents is held out, chosen independently of `seed`; the rest is
+    shuffled by `seed` and dealt first to `select`, then to `finals`. Within a split documents are
+    joined by the end-of-text token (by nothing where the tokenizer has none) and cut into
+    non-overlapping windows. Tokens which the tokenizer itself puts before a text, such as Gemma's
+    begin-of-text token, open every window. Each split has `tokens // window_tokens` windows; a
+    split asked for with 0 tokens is empty.
+
+    Raises DataError where the figures don't fit together or the text is too short.
+    """
+    prefix = opening_tokens(tokenizer)
+    asked = {"select": select_tokens, "finals": finals_tokens, "heldout": heldout_tokens}
+    if window_tokens < len(prefix) + 2:
+        raise DataError(f"window_tokens is {window_tokens}; allowed: {len(prefix) + 2} or more")
+    for name, tokens in asked.items():
+        if tokens < 0 or 0 < tokens < window_tokens:
+            raise DataError(
+                f"{name}_tokens is {tokens}; allowed: 0, or at least one window of {window_tokens}"
+            )
+    if not 0 < heldout_fraction < 1:
+        raise DataError(f"heldout_fraction is {heldout_fraction}; allowed: between 0 and 1")
+    texts = list(dict.fromkeys(documents.texts))
+    if len(texts) < 3:
+        raise DataError(
+            f"{documents.source}: {len(texts)} different documents found, at least 3 are needed "
+            "since splits are made by document; separate documents in txt files by blank lines"
+        )
+    held_count = min(max(1, round(len(texts) * heldout_fraction)), len(texts) - 2)
+    order = np.random.default_rng(HELDOUT_SEED).permutation(len(texts))
+    held = [texts[i] for i in order[:held_count]]
+    rest_order = np.random.default_rng(seed).permutation(len(texts) - held_count)
+    rest = [texts[i] for i in np.sort(order[held_count:])[rest_order]]
+
+    packer = _Packer(tokenizer, prefix, window_tokens, documents.source)
+    heldout, _ = packer.pack(held, heldout_tokens, "heldout")
+    select, used = packer.pack(rest, select_tokens, "select")
+    finals, _ = packer.pack(rest[used:], finals_tokens, "finals")
+    digest = hashlib.sha256(f"window={window_tokens}".encode())
+    for windows in (select, finals, heldout):
+        digest.update(len(windows).to_bytes(8, "little"))
+        digest.update(windows.numpy().astype("<i8").tobytes())
+    return Splits(select, finals, heldout, digest.hexdigest(), window_tokens)
+
+
+def batches(windows: Tensor, batch_tokens: int) -> tuple[Tensor, ...]:
+    """Group `windows` `[n, window]` in order into batches of at most `batch_tokens` tokens.
+
+    A batch holds one window at least; the last one may hold fewer than the others. The result
+    depends on nothing but the two arguments, so a loss is the same on one worker or many.
+    """
+    if batch_tokens < 1:
+        raise DataError(f"batch_tokens is {batch_tokens}; allowed: 1 or more")
+    if not len(windows):
+        return ()
+    rows = max(1, batch_tokens // windows.shape[1])
+    return tuple(windows[start : start + rows] for start in range(0, len(windows), rows))
+
+
+def opening_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens which `tokenizer` puts before a text of its own accord, found by asking it."""
+    alone = _ids(tokenizer, "a", special=False)
+    dressed = _ids(tokenizer, "a", special=True)
+    for start in range(len(dressed) - len(alone) + 1):
+        if dressed[start : start + len(alone)] == alone:
+            return tuple(dressed[:start])
+    return ()
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+@dataclass(frozen=True)
+class _Packer:
+    tokenizer: Any
+    prefix: tuple[int, ...]
+    window_tokens: int
+    source: str
+
+    def pack(self, texts: Sequence[str], tokens: int, split: str) -> tuple[Tensor, int]:
+        """The windows of one split `[n, window]`, and how many of `texts` went into it."""
+        count = tokens // self.window_tokens
+        body = self.window_tokens - len(self.prefix)
+        stream: list[int] = []
+        used = 0
+        while len(stream) < count * body and used < len(texts):
+            chunk = list(texts[used : used + _DOCUMENTS_AT_ONCE])
+            encoded = self.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+            for ids in encoded:
+                stream += ids
+                if self.tokenizer.eos_token_id is not None:
+                    stream.append(self.tokenizer.eos_token_id)
+                used += 1
+                if len(stream) >= count * body:
+                    break
+        if len(stream) < count * body:
+            windows = len(stream) // body
+            raise DataError(
+                f"{self.source}: the {split} split needs {count * self.window_tokens:,} tokens, "
+                f"but its {len(texts):,} documents hold {windows * self.window_tokens:,}; lower "
+                f"{split}_tokens, {self._remedy(split)}, or give more text"
+            )
+        rows = torch.tensor(stream[: count * body], dtype=torch.int64).reshape(count, body)
+        opening = torch.tensor(self.prefix, dtype=torch.int64).expand(count, len(self.prefix))
+        return torch.cat([opening, rows], dim=1), used
+
+    @staticmethod
+    def _remedy(split: str) -> str:
+        return "raise heldout_fraction" if split == "heldout" else "lower heldout_fraction"

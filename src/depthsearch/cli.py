@@ -1,0 +1,236 @@
+"""The command line: arguments in, one call, figures out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from depthsearch import __version__
+from depthsearch.errors import DepthsearchError, StorageError
+from depthsearch.sources import is_disk_full, quiet
+
+app = typer.Typer(
+    name="depthsearch",
+    help="Find the sublayers a pretrained transformer can do without at a budget you fix, and "
+    "export the smaller model.\n\nStart with `depthsearch inspect MODEL`, write a configuration "
+    "(examples in the README), then `depthsearch search CONFIG --out RUN` and `depthsearch export "
+    "RUN OUT`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Config = Annotated[Path, typer.Argument(help="Run configuration, a YAML file.")]
+Out = Annotated[Path, typer.Option("--out", help="New directory; never an existing one.")]
+Run = Annotated[Path, typer.Argument(help="Run directory of `depthsearch search`.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a setting, such as search.seed=3. May be repeated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Repeats = Annotated[int, typer.Option(min=1, help="Turns of the speed measurement.")]
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id, directory or GGUF file.")],
+    context_tokens: Annotated[int, typer.Option(help="Context for FLOPs and KV bytes.")] = 2048,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show a model's sites, what each one costs, and whether masking it is exact."""
+    from depthsearch.run.inspection import inspect_model
+    from depthsearch.terminal import inspection_tables
+
+    found = inspect_model(model, context_tokens=context_tokens, dtype=dtype, device=device)
+    _show(found, as_json, inspection_tables)
+
+
+@app.command()
+def search(config: Config, out: Out, override: Set = None) -> None:
+    """Search for the best mask at the configured budget; the result lands in a run directory."""
+    from depthsearch.config import load_config
+    from depthsearch.report import write_report
+    from depthsearch.run.search import search as run_search
+    from depthsearch.terminal import search_bar
+
+    settings = load_config(config, override or [])
+    with search_bar(settings.search.method) as bar:
+        run_search(settings, out, on_progress=bar, finish=write_report)
+    _finished(out)
+
+
+@app.command()
+def resume(run: Run) -> None:
+    """Continue a search that was interrupted or killed; the result is the same as without."""
+    from depthsearch.report import write_report
+    from depthsearch.run.search import resume as resume_search
+    from depthsearch.run.search import run_config
+    from depthsearch.terminal import search_bar
+
+    with search_bar(run_config(run).search.method) as bar:
+        resume_search(run, on_progress=bar, finish=write_report)
+    _finished(run)
+
+
+@app.command()
+def compare(config: Config, out: Out, override: Set = None, as_json: Json = False) -> None:
+    """Run several methods at equal cost with several seeds, and compare them on held-out text.
+
+    An interrupted comparison is continued by the same command.
+    """
+    from depthsearch.config import load_config
+    from depthsearch.report import compare_report, write_report
+    from depthsearch.run.compare import compare as run_compare
+    from depthsearch.terminal import arm_bars, compare_table
+
+    settings = load_config(config, override or [])
+    with arm_bars() as bars:
+        result = run_compare(settings, out, on_arm=bars, finish=write_report)
+    compare_report(result, out / "report.html")
+    _show(result, as_json, lambda data: [compare_table(data), data["verdict"]])
+    _say(f"Report: {out / 'report.html'}", as_json)
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Argument(help="Directory of the new checkpoint.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+    measure: Annotated[bool, typer.Option(help="Measure it beside the dense model.")] = True,
+    repeats: Repeats = 5,
+    as_json: Json = False,
+) -> None:
+    """Write the best mask of a run as a smaller checkpoint, proven equal to the masked model."""
+    from depthsearch.run.figures import export_run
+    from depthsearch.terminal import figures_table, stage_bar
+
+    with stage_bar() as bar:
+        result, summary = export_run(
+            run, out, overwrite=overwrite, measure=measure, repeats=repeats, on_stage=bar
+        )
+    lines: list[Any] = [figures_table(summary["rows"])] if measure else []
+    if result.verification is not None:
+        lines.append(f"Equal to the masked model: {result.verification.text}")
+    lines.append(f"{result.parameters:,} parameters, {len(result.plan.pairs)} blocks in {out}")
+    _show(summary, as_json, lambda _: lines)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id, directory or GGUF file.")],
+    text: Annotated[str, typer.Option(help="Held-out text: a file, a folder or a hub data set.")],
+    column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
+    beside: Annotated[
+        str | None, typer.Option(help="The dense model, measured in turns in the same run.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of text to score.")] = 16384,
+    window_tokens: Annotated[int, typer.Option(min=2, help="Window length.")] = 512,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity, size, speed and memory of a checkpoint."""
+    from depthsearch.run.figures import evaluate_checkpoint
+    from depthsearch.terminal import figures_table, stage_bar
+
+    with stage_bar() as bar:
+        found = evaluate_checkpoint(
+            model,
+            text,
+            column=column,
+            beside=beside,
+            window_tokens=window_tokens,
+            tokens=tokens,
+            dtype=dtype,
+            device=device,
+            repeats=repeats,
+            on_stage=bar,
+        )
+    _show(found, as_json, lambda data: [figures_table(data["rows"])])
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory, or directory of a comparison.")],
+) -> None:
+    """Write report.html of a run, finished or not, or of a comparison."""
+    from depthsearch.report import compare_report, write_report
+    from depthsearch.run.compare import COMPARE, read_compare
+
+    if (run / COMPARE).exists():
+        compare_report(read_compare(run), run / "report.html")
+        path = run / "report.html"
+    else:
+        path = write_report(run)
+    typer.echo(path)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; errors end it with one line and their exit code."""
+    try:
+        with quiet():
+            app(standalone_mode=True)
+    except DepthsearchError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; continue a search with `depthsearch resume RUN`", 130)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        _fail(f"the disk is full: {error}", StorageError.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"depthsearch: {message}\n")
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _show(data: Any, as_json: bool, lines: Any) -> None:
+    from depthsearch.terminal import console
+
+    if as_json:
+        typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+        return
+    for line in lines(data):
+        console.print(line)
+
+
+def _say(text: str, quiet_please: bool = False) -> None:
+    from depthsearch.terminal import console
+
+    if not quiet_please:
+        console.print(text)
+
+
+def _finished(run: Path) -> None:
+    from depthsearch.run.directory import BEST, REPORT, read_json
+    from depthsearch.terminal import best_table, console
+
+    console.print(best_table(read_json(run / BEST, "the run has not finished")))
+    console.print(f"Report: {run / REPORT}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

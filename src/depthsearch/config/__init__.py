@@ -1,0 +1,29 @@
+"""The run file: one YAML a run, validated into frozen objects."""
+
+from __future__ import annotations
+
+from depthsearch.config.loading import config_from_mapping, load_config, resolved_yaml
+from depthsearch.config.schema import (
+    BudgetConfig,
+    CalibrationConfig,
+    CompareConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    SearchConfig,
+    SpaceConfig,
+)
+
+__all__ = [
+    "BudgetConfig",
+    "CalibrationConfig",
+    "CompareConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "RunConfig",
+    "SearchConfig",
+    "SpaceConfig",
+    "config_from_mapping",
+    "load_config",
+    "resolved_yaml",
+]

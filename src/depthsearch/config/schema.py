@@ -1,0 +1,298 @@
+"""What a run file may hold: frozen models, each key explained where it is declared."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)")
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS: Mapping[str, Mapping[str, int]] = {
+    "params": {"k": 10**3, "m": 10**6, "b": 10**9},
+    "bytes": {f"{p}b": f for p, f in _DECIMAL.items()}
+    | {f"{p}ib": 1024**n for n, p in enumerate("kmgt", start=1)},
+    "flops": {f"{p}flop": f for p, f in _DECIMAL.items()},
+}
+_UNIT_NAMES = {
+    "params": "K, M or B, such as '100M'",
+    "bytes": "B, kB, MB, GB, KiB, MiB or GiB, such as '180MB'",
+    "flops": "FLOP, kFLOP, MFLOP, GFLOP or TFLOP (per token), such as '0.2GFLOP'",
+}
+_PROTECTED = re.compile(r"first|last|[a-z_]+\.[0-9]+\.(attention|cross_attention|ffn)")
+
+
+def _whole(value: object) -> object:
+    """Let `1e4` stand where a whole number is wanted."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _frozen(value: object) -> object:
+    """Let a YAML list stand where a tuple is wanted."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1)]
+Tokens = Annotated[Whole, Field(ge=2)]
+
+
+def parse_amount(text: str, metric: str) -> int:
+    """An absolute cap such as "100M", "180MB", "200MiB" or "0.2GFLOP", in the metric's own unit.
+
+    Upper and lower case are one. Raises ValueError, naming the units of the metric.
+    """
+    kind = "bytes" if metric == "kv_bytes" else metric
+    match = _AMOUNT.fullmatch(text.strip())
+    unit = match[2].lower().removesuffix("s") if match else ""
+    if match is None or unit not in _UNITS[kind]:
+        raise ValueError(f"a cap is a number with a unit: {_UNIT_NAMES[kind]}")
+    amount = math.floor(float(match[1]) * _UNITS[kind][unit])
+    if amount < 1:
+        raise ValueError("a cap is at least 1")
+    return amount
+
+
+class _Section(BaseModel):
+    """What every part of a run file shares: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class ModelConfig(_Section):
+    """The pretrained model to start from."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """a folder, a GGUF file, or a hub id"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """number format of the weights; auto takes bfloat16 where the machine is fast at it"""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|(cuda|mps|xpu)(:[0-9]+)?)$")] = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    revision: str | None = None
+    """branch, tag or commit of a hub model"""
+    trust_remote_code: bool = False
+    """run the Python code that a hub model brings along"""
+
+
+class BudgetConfig(_Section):
+    """What the smaller model must not exceed: exactly one key besides `of` and `context_tokens`."""
+
+    keep_params: float | str | None = None
+    """parameters to keep: a ratio in (0, 1], or a cap such as '100M'"""
+    keep_bytes: float | str | None = None
+    """bytes of weights to keep: a ratio in (0, 1], or a cap such as '180MB'"""
+    keep_flops: float | str | None = None
+    """FLOPs per token to keep: a ratio in (0, 1], or a cap such as '0.2GFLOP'"""
+    keep_kv_bytes: float | str | None = None
+    """KV-cache bytes per token to keep: a ratio in (0, 1], or a cap such as '12kB'"""
+    drop_sites: Count | None = None
+    """number of sublayers to drop"""
+    drop_blocks: Count | None = None
+    """number of blocks to drop"""
+    of: Literal["model", "blocks"] = "model"
+    """what a ratio refers to: the whole model, or its blocks without embeddings and head"""
+    context_tokens: Count = 2048
+    """context length at which FLOPs per token are counted"""
+
+    @field_validator("keep_params", "keep_bytes", "keep_flops", "keep_kv_bytes", mode="before")
+    @classmethod
+    def _check_amount(cls, value: object, info: ValidationInfo) -> object:
+        if value is None:
+            return None
+        metric = str(info.field_name).removeprefix("keep_")
+        if isinstance(value, str):
+            parse_amount(value, metric)
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            kind = "bytes" if metric == "kv_bytes" else metric
+            raise ValueError(
+                f"a ratio lies in (0, 1]; an absolute cap carries a unit: {_UNIT_NAMES[kind]}"
+            )
+        return float(value)
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if len(self._given()) != 1:
+            keys = "keep_params, keep_bytes, keep_flops, keep_kv_bytes, drop_sites, drop_blocks"
+            raise ValueError(
+                f"a budget takes exactly one of {keys}; to exchange it, set the whole budget, "
+                "such as space.budget={drop_sites: 4}"
+            )
+        return self
+
+    def _given(self) -> dict[str, float | str]:
+        extras = {"of", "context_tokens"}
+        return {k: v for k, v in self if k not in extras and v is not None}
+
+    def to_budget_json(self) -> dict[str, Any]:
+        """The budget as `depthsearch.space.Budget.from_json` reads it."""
+        ((key, value),) = self._given().items()
+        verb, _, metric = key.partition("_")
+        return {
+            "metric": metric,
+            "ratio": value if verb == "keep" and isinstance(value, float) else None,
+            "cap": parse_amount(value, metric) if isinstance(value, str) else None,
+            "drop": value if verb == "drop" else None,
+            "of": self.of,
+        }
+
+
+class SpaceConfig(_Section):
+    """Which sublayers may go, together or one by one, and the budget the rest must meet."""
+
+    granularity: Literal["sublayer", "block", "attention", "ffn"] = "sublayer"
+    """what is dropped at once: single sublayers of any kind, whole blocks, one kind only"""
+    packable: bool = False
+    """keep only what re-pairs into ordinary blocks, so that the result needs no special code"""
+    protect: tuple[str | int, ...] = ()
+    """never dropped: first, last, a block number, or a site such as decoder.12.attention"""
+    budget: BudgetConfig
+    """the budget, such as {keep_params: 0.75, of: blocks}"""
+
+    @field_validator("protect", mode="before")
+    @classmethod
+    def _check_protect(cls, value: object) -> object:
+        if not isinstance(value, list | tuple):
+            raise ValueError("must be a list, such as [first, 3, decoder.12.attention]")
+        for entry in value:
+            block = isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0
+            if not block and not (isinstance(entry, str) and _PROTECTED.fullmatch(entry)):
+                raise ValueError(
+                    f"{entry!r} is none of first, last, a block number from 0, "
+                    "or a site such as decoder.12.attention"
+                )
+        return tuple(value)
+
+
+class CalibrationConfig(_Section):
+    """The text that candidates are judged on, and how much of it."""
+
+    text: Annotated[str, Field(min_length=1)]
+    """a file (txt, jsonl, json, csv, parquet), a folder of them, or a hub dataset id"""
+    column: str | None = None
+    """the column that holds the text; not needed where there is only one candidate"""
+    split: str = "train"
+    """split of a hub dataset"""
+    subset: str | None = None
+    """configuration name of a hub dataset"""
+    window_tokens: Tokens = 256
+    """length of one sequence"""
+    select_tokens: Tokens = 8192
+    """tokens that candidates are compared on during the search"""
+    finals_tokens: Tokens = 16384
+    """fresh tokens that the finalists are ranked on again"""
+    heldout_tokens: Tokens = 16384
+    """tokens that no decision sees, for the figures of the result"""
+    batch_tokens: Tokens = 1024
+    """tokens of one forward pass; part of the result, since racing decides after each batch"""
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """share of the documents set aside for held-out figures"""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        for key in ("select_tokens", "finals_tokens", "heldout_tokens", "batch_tokens"):
+            if getattr(self, key) < self.window_tokens:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)}, less than one window of window_tokens = "
+                    f"{self.window_tokens}"
+                )
+        return self
+
+
+class ObjectiveConfig(_Section):
+    """What "loss" means. Lower is better."""
+
+    kind: Literal["kl", "cross_entropy"] = "kl"
+    """KL divergence to the dense model, or cross-entropy on the text itself"""
+    positions: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """share of the token positions that the loss is computed on"""
+
+
+class SearchConfig(_Section):
+    """Which searcher, from which seed, and how much it may spend."""
+
+    method: Annotated[str, Field(min_length=1)] = "evolution"
+    """name of the searcher"""
+    seed: Annotated[Whole, Field(ge=0)] = 0
+    """everything random follows from it"""
+    cost_tokens: Annotated[float, Field(gt=0)] | None = None
+    """budget in dense-equivalent tokens: one is a token through the whole dense model"""
+    max_evaluations: Count | None = None
+    """budget in candidates judged"""
+    finalists: Count = 8
+    """candidates ranked again on fresh text at the end"""
+    racing: bool = True
+    """stop judging a candidate once it can't win any more"""
+    batch: Count | None = None
+    """candidates asked for at once; the searcher's own choice when left out"""
+    options: dict[str, Any] = {}
+    """settings of the searcher itself"""
+
+
+class CompareConfig(_Section):
+    """Several searchers side by side at equal cost, each with several seeds."""
+
+    arms: Annotated[dict[str, SearchConfig], Field(min_length=1)]
+    """name of the arm: what it changes in `search`"""
+    seeds: Annotated[
+        tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_frozen)
+    ] = (0, 1, 2)
+    """each arm runs once with each seed"""
+    cost_tokens: float | str | None = None
+    """what each arm may spend, or the arm whose own cost the others get; else search.cost_tokens"""
+
+    @field_validator("seeds", mode="after")
+    @classmethod
+    def _check_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("each seed may appear once")
+        return seeds
+
+    @field_validator("cost_tokens", mode="before")
+    @classmethod
+    def _check_cost(cls, value: object, info: ValidationInfo) -> object:
+        arms = list(info.data.get("arms", ()))
+        if value is None or (isinstance(value, str) and (value in arms or not arms)):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"must be a number above 0 or the name of an arm: {', '.join(arms)}")
+        return float(value)
+
+
+class RunConfig(_Section):
+    """One run: model, space, calibration, objective, search, and a comparison if wanted."""
+
+    model: ModelConfig
+    """the pretrained model, such as {path: HuggingFaceTB/SmolLM2-135M}"""
+    space: SpaceConfig
+    """the search space: a mapping, or the path of a YAML file that holds it"""
+    calibration: CalibrationConfig
+    """the text, such as {text: notes.txt}"""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """what is minimized"""
+    search: SearchConfig = SearchConfig()
+    """the searcher and its budget"""
+    compare: CompareConfig | None = None
+    """for `depthsearch compare`"""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON, defaults included."""
+        return self.model_dump(mode="json")

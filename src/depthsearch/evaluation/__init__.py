@@ -1,0 +1,10 @@
+"""Evaluation of many masks: prefix sharing, racing, and the backends that compute units."""
+
+from __future__ import annotations
+
+from depthsearch.evaluation.backend import Backend, UnitResult
+from depthsearch.evaluation.inprocess import InProcess
+from depthsearch.evaluation.prefix import executed_sites
+from depthsearch.evaluation.racing import evaluate
+
+__all__ = ["Backend", "InProcess", "UnitResult", "evaluate", "executed_sites"]

@@ -1,0 +1,57 @@
+"""The unit of evaluation work, and who can do it.
+
+A unit is one calibration batch with a set of masks; it yields losses `[mask, sequence]`. Batches
+are composed once, so a unit's result does not depend on who computes it or when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from depthsearch.space import Hints, Mask, Status
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """One unit done: for each mask its status and losses by sequence (empty after a failure).
+
+    `cost_tokens` are the dense-equivalent tokens executed: sites executed weighted by their FLOPs,
+    output head included, over the FLOPs of one token through the dense model.
+    """
+
+    losses: tuple[tuple[float, ...], ...]
+    statuses: tuple[Status, ...]
+    cost_tokens: float
+
+
+class Backend(Protocol):
+    """Computes units; in-process or on a cluster."""
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Sequences in each batch."""
+        ...
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of one sequence."""
+        ...
+
+    @property
+    def preparation(self) -> float:
+        """The `cost_tokens` of the one dense pass that records every batch."""
+        ...
+
+    def run(self, batch: int, masks: Sequence[Mask]) -> UnitResult:
+        """Compute one unit."""
+        ...
+
+    def plan(self, masks: Sequence[Mask]) -> float:
+        """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
+        ...
+
+    def hints(self) -> tuple[Hints, float]:
+        """Similarities of the dense residual stream, and the `cost_tokens` they took."""
+        ...

@@ -1,0 +1,203 @@
+"""The model card: what was dropped, at which budget, with what result, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from depthsearch import __version__
+from depthsearch.export.native import NativePlan
+from depthsearch.export.verify import Verification
+from depthsearch.export.write import base_directory
+from depthsearch.model.load import LoadedModel
+from depthsearch.sources import is_path
+from depthsearch.space import Budget, Mask, Site
+
+_INHERITED = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the card's table: a measure of the dense and of the pruned model."""
+
+    name: str
+    dense: str | float | int | None
+    pruned: str | float | int | None
+
+
+@dataclass(frozen=True)
+class CardData:
+    """What the run knows about the mask; everything is optional.
+
+    `origin` is how the mask was found, `calibration` the text its loss was measured on, `command`
+    and `config` what to type to repeat the run.
+    """
+
+    origin: str | None = None
+    budget: Budget | None = None
+    signature: Mapping[str, Any] = field(default_factory=dict)
+    figures: tuple[Figure, ...] = ()
+    calibration: str | None = None
+    command: str | None = None
+    config: str | None = None
+
+
+def model_card(
+    loaded: LoadedModel,
+    sites: Sequence[Site],
+    mask: Mask,
+    plan: NativePlan,
+    card: CardData,
+    parameters: tuple[int, int],
+    check: Verification | None,
+    title: str,
+) -> str:
+    """README.md of the export; `parameters` are the dense model's and the small model's."""
+    base = base_name(loaded)
+    dense, small = parameters
+    dropped = dropped_text(sites, mask)
+    parts = [
+        _front_matter(loaded),
+        f"# {title}",
+        f"[{base}](https://huggingface.co/{base})" if "/" in base else f"`{base}`",
+    ]
+    parts[-1] += (
+        f" without {len(mask.dropped)} of its {len(mask)} attention and FFN sublayers: "
+        f"{len(plan.pairs)} blocks instead of {plan.dense_blocks}, {small:,} parameters instead of "
+        f"{dense:,} ({100 * small / dense:.1f} %). It is an ordinary checkpoint of its family and "
+        "needs no code of its own."
+    )
+    parts += ["## Load it", _loading(title)]
+    parts += ["## What was dropped", "\n".join(f"- {run}" for run in dropped) or "Nothing."]
+    repaired = [
+        f"block {new}: attention of block {a}, FFN of block {f}"
+        for new, (a, f) in enumerate(plan.pairs)
+        if a != f
+    ]
+    if repaired:
+        parts.append("What remains was paired anew, numbers of the base model:")
+        parts.append("\n".join(f"- {line}" for line in repaired))
+    if card.figures:
+        parts += ["## Figures", _table(card.figures)]
+    parts += ["## How it was made", _making(mask, card, check)]
+    parts += ["## Limits", _limits(card)]
+    return "\n\n".join(parts) + "\n"
+
+
+def dropped_text(sites: Sequence[Site], mask: Mask) -> tuple[str, ...]:
+    """Each run of dropped sites as a phrase, whole blocks named as such."""
+    found = []
+    for start, stop in mask.runs:
+        first, last = sites[start], sites[stop - 1]
+        whole = first.kind == "attention" and last.kind == "ffn"
+        if whole and first.block == last.block:
+            found.append(f"{first.stack} block {first.block}")
+        elif whole:
+            count = last.block - first.block + 1
+            found.append(f"{first.stack} blocks {first.block} to {last.block} ({count} blocks)")
+        elif stop - start == 1:
+            found.append(f"`{first.name}`")
+        else:
+            found.append(f"`{first.name}` to `{last.name}` ({stop - start} sublayers)")
+    return tuple(found)
+
+
+def base_name(loaded: LoadedModel) -> str:
+    """The hub id of the base model, or the name of its file or directory."""
+    if is_path(loaded.source, (".gguf", ".safetensors")):
+        return Path(loaded.source).expanduser().resolve().name
+    return loaded.source
+
+
+def _front_matter(loaded: LoadedModel) -> str:
+    data: dict[str, Any] = {
+        "base_model": base_name(loaded),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["depthsearch", "depth-pruning", "pruned"],
+    }
+    inherited = _base_front_matter(base_directory(loaded))
+    data |= {name: inherited[name] for name in _INHERITED if name in inherited}
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---"
+
+
+def _base_front_matter(base: Path | None) -> Mapping[str, Any]:
+    """The metadata of the base model's own card, or nothing where there is none to read."""
+    try:
+        text = (base / "README.md").read_text(encoding="utf-8") if base else ""
+    except (OSError, UnicodeDecodeError):
+        return {}
+    parts = text.split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        data = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _loading(title: str) -> str:
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+model = AutoModelForCausalLM.from_pretrained("{title}")
+tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))
+```"""
+
+
+def _table(figures: Sequence[Figure]) -> str:
+    rows = ["| | dense | pruned |", "|---|---:|---:|"]
+    rows += [f"| {f.name} | {_cell(f.dense)} | {_cell(f.pruned)} |" for f in figures]
+    return "\n".join(rows)
+
+
+def _cell(value: str | float | int | None) -> str:
+    if value is None:
+        return "not measured"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _making(mask: Mask, card: CardData, check: Verification | None) -> str:
+    lines = [f"By [depthsearch](https://pypi.org/project/depthsearch/) {__version__}."]
+    facts = []
+    if card.budget is not None:
+        facts.append(f"Budget: {card.budget.text}")
+    if card.origin:
+        facts.append(f"Found by: {card.origin}")
+    if card.calibration:
+        facts.append(f"Calibration text: {card.calibration}")
+    facts.append(f"Mask (1 kept, 0 dropped, in execution order): `{mask.key}`")
+    if check is not None:
+        facts.append(f"Checked against the masked base model in a clean interpreter: {check.text}")
+    lines.append("\n".join(f"- {fact}" for fact in facts))
+    if card.signature:
+        text = json.dumps(card.signature, indent=2, ensure_ascii=False, default=str)
+        lines.append(f"Signature of the figures:\n\n```json\n{text}\n```")
+    if card.command:
+        lines.append(f"```console\n{card.command}\n```")
+    if card.config:
+        lines.append(f"```yaml\n{card.config.strip()}\n```")
+    return "\n\n".join(lines)
+
+
+def _limits(card: CardData) -> str:
+    text = card.calibration or "its calibration text"
+    return (
+        f"The sublayers were chosen on {text}: other languages, domains and tasks may have lost "
+        "more, and long generation and reasoning suffer before perplexity shows it. The weights "
+        "are the base model's own; the model was not trained after pruning. Whatever the base "
+        "model's card says about its risks and licence holds here too."
+    )

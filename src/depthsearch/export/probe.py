@@ -1,0 +1,159 @@
+"""What the export check runs on a model, and the script that runs it in a clean interpreter.
+
+This file imports nothing of depthsearch: the check starts it by path in an isolated interpreter
+where importing depthsearch is an error, so an export that passes needs plain transformers only.
+
+    python -I probe.py request.json figures.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+BLOCKED = "depthsearch"
+PASSES = ("prefill", "cached", "padded")
+
+
+def run_pass(model: Any, name: str, ids: Any, single_steps: int) -> Any:
+    """Logits `[batch, seq, vocab]` of `ids` `[batch, seq]`, computed in one of three ways.
+
+    prefill: one forward pass without a cache. cached: two chunks with a cache, then the last
+    `single_steps` tokens one by one. padded: the rows left-padded by different lengths, prefilled
+    with a cache, then token by token; padding positions hold zeros.
+    """
+    import torch
+
+    with torch.inference_mode():
+        if name == "prefill":
+            return model(input_ids=ids, use_cache=False).logits.cpu()
+        prompt = ids.shape[1] - single_steps
+        cuts = [prompt, *range(prompt + 1, ids.shape[1] + 1)]
+        if name == "cached":
+            cuts.insert(0, prompt * 2 // 3)
+            return _in_pieces(model, ids, cuts, None)
+        mask = padding_mask(ids)
+        logits = _in_pieces(model, ids, cuts, mask)
+        return logits.masked_fill((mask == 0).cpu().unsqueeze(-1), 0)
+
+
+def padding_mask(ids: Any) -> Any:
+    """Ones at real tokens `[batch, seq]`: row r is left-padded by r eighths, at most half."""
+    import torch
+
+    mask = torch.ones_like(ids)
+    for row in range(ids.shape[0]):
+        mask[row, : ids.shape[1] * min(row, 4) // 8] = 0
+    return mask
+
+
+def _in_pieces(model: Any, ids: Any, cuts: Sequence[int], mask: Any) -> Any:
+    import torch
+
+    pieces, start, cache = [], 0, None
+    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    for stop in cuts:
+        further = {}
+        if mask is not None and positions is not None:
+            further["attention_mask"] = mask[:, :stop]
+            further["position_ids"] = positions[:, start:stop]
+        output = model(
+            input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, **further
+        )
+        pieces.append(output.logits.cpu())
+        cache, start = output.past_key_values, stop
+    return torch.cat(pieces, dim=1)
+
+
+def generate(model: Any, ids: Any, new_tokens: int) -> Any:
+    """The tokens that greedy decoding adds to the first row of `ids`, `[1, at most new_tokens]`."""
+    import torch
+
+    with torch.inference_mode():
+        prompt = ids[:1, : ids.shape[1] - new_tokens]
+        whole = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+        )
+    return whole[:, prompt.shape[1] :].cpu()
+
+
+def compare(expected: Any, found: Any, mask: Any = None) -> dict[str, float]:
+    """How far two sets of logits `[batch, seq, vocab]` lie apart, at the positions of `mask`."""
+    same = expected.argmax(-1) == found.argmax(-1)
+    if mask is not None:
+        same = same[mask.bool()]
+    return {
+        "difference": float((expected.float() - found.float()).abs().max()),
+        "positions": same.numel(),
+        "agreeing": int(same.sum()),
+    }
+
+
+def check_one(job: dict[str, Any]) -> dict[str, Any]:
+    """Load one export as any user would, and compare it with what the masked model computed."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(
+        job["path"],
+        dtype=getattr(torch, job["dtype"]),
+        attn_implementation=job["attention"],
+        output_loading_info=True,
+    )
+    model = model.to(job["device"]).eval()
+    figures: dict[str, Any] = {
+        "loading": sorted(name for kind in info.values() for name in map(str, kind)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    with safe_open(job["tensors"], framework="pt") as file:
+        ids = file.get_tensor("ids").to(job["device"])
+        for name in PASSES:
+            found = run_pass(model, name, ids, job["single_steps"])
+            mask = padding_mask(ids).cpu() if name == "padded" else None
+            figures[name] = compare(file.get_tensor(name), found, mask)
+        generated = generate(model, ids, job["single_steps"])
+        figures["generation_equal"] = torch.equal(file.get_tensor("generated"), generated)
+    figures["tokenizer_equal"] = True
+    if job["text"] is not None:
+        tokenizer = AutoTokenizer.from_pretrained(job["path"])
+        figures["tokenizer_equal"] = (
+            tokenizer(job["text"])["input_ids"] == job["text_ids"]
+            and tokenizer.chat_template == job["chat_template"]
+        )
+    return figures
+
+
+class _Blocker(MetaPathFinder):
+    """Makes every import of depthsearch fail."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname.partition(".")[0] == BLOCKED:
+            raise ImportError(f"{BLOCKED} must not be needed to load an export")
+
+
+def main(request: Path, figures: Path) -> None:
+    """Check every job of the request file and write the figures file."""
+    sys.meta_path.insert(0, _Blocker())
+    asked = json.loads(request.read_text(encoding="utf-8"))
+    # An isolated interpreter leaves out the user's own site directory, where torch may live.
+    sys.path += [entry for entry in asked["path"] if entry not in sys.path]
+    import torch
+
+    torch.set_num_threads(asked["threads"])
+    found = [check_one(job) for job in asked["jobs"]]
+    if any(name.partition(".")[0] == BLOCKED for name in sys.modules):
+        raise ImportError(f"{BLOCKED} was imported while the exports were checked")
+    figures.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,1 @@
+"""Pretrained models: load, describe, mask, cost."""

@@ -1,0 +1,60 @@
+"""The architecture table: for each family, which attributes of a block are its sublayers.
+
+A new decoder-only family needs one row here, and passes the self-check or is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """Attribute names inside one block of a family.
+
+    `attention_norms` and `ffn_norms` belong to one sublayer and go with it; `shared_norms` belong
+    to both sublayers of a parallel block and go only when both go. `attention_out` and `ffn_out`
+    name the projections that write to the residual stream, inside the sublayer. `parallel` blocks
+    feed the same input to both sublayers, so their sublayers cannot be re-paired.
+    """
+
+    attention: str
+    ffn: str
+    attention_norms: tuple[str, ...]
+    ffn_norms: tuple[str, ...]
+    attention_out: str = "o_proj"
+    ffn_out: str = "down_proj"
+    shared_norms: tuple[str, ...] = ()
+
+    @property
+    def parallel(self) -> bool:
+        """Whether both sublayers read the same input."""
+        return bool(self.shared_norms)
+
+
+_PRE_NORM = FamilyRow("self_attn", "mlp", ("input_layernorm",), ("post_attention_layernorm",))
+_SANDWICH = FamilyRow(
+    "self_attn",
+    "mlp",
+    ("input_layernorm", "post_attention_layernorm"),
+    ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+_POST_SUBLAYER = FamilyRow(
+    "self_attn", "mlp", ("post_attention_layernorm",), ("post_feedforward_layernorm",)
+)
+_PARALLEL = FamilyRow("self_attn", "mlp", (), (), shared_norms=("input_layernorm",))
+
+FAMILIES: dict[str, FamilyRow] = {
+    "llama": _PRE_NORM,
+    "mistral": _PRE_NORM,
+    "qwen2": _PRE_NORM,
+    "qwen3": _PRE_NORM,
+    "phi3": _PRE_NORM,
+    "granite": _PRE_NORM,
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "olmo2": _POST_SUBLAYER,
+    "gpt2": FamilyRow("attn", "mlp", ("ln_1",), ("ln_2",), "c_proj", "c_proj"),
+    "cohere": _PARALLEL,
+    "cohere2": _PARALLEL,
+}

@@ -1,0 +1,96 @@
+"""How large a model is: parameters, memory, disk, cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depthsearch.errors import ModelError
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Counts and bytes of one model; `disk_bytes` is None for a model that is not on disk."""
+
+    parameters: int
+    memory_bytes: int
+    disk_bytes: int | None
+    kv_bytes_per_token: int
+
+
+def measure_size(model: Any, directory: str | Path | None = None) -> Size:
+    """Measure `model`, and the weight files of the checkpoint in `directory` if one is given."""
+    return Size(
+        parameters=count_parameters(model),
+        memory_bytes=memory_bytes(model),
+        disk_bytes=None if directory is None else disk_bytes(directory),
+        kv_bytes_per_token=kv_bytes_per_token(model),
+    )
+
+
+def count_parameters(model: Any) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def memory_bytes(model: Any) -> int:
+    """Bytes of the storages behind parameters and buffers, shared ones counted once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in chain(model.parameters(), model.buffers())
+    }
+    return sum(storages.values())
+
+
+def disk_bytes(checkpoint: str | Path) -> int:
+    """Bytes of the weight files of a checkpoint directory, or of one weight file.
+
+    Raises ModelError where there are none.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        return path.stat().st_size
+    files = [file for file in path.glob("*") if file.suffix in WEIGHT_SUFFIXES]
+    if not files:
+        raise ModelError(
+            f"{path}: holds no weights; give a directory with {', '.join(WEIGHT_SUFFIXES)} files"
+        )
+    return sum(file.stat().st_size for file in files)
+
+
+def kv_bytes_per_token(model: Any) -> int:
+    """Bytes by which the cache of one sequence grows with a token, measured on a short prompt.
+
+    Layers with a sliding window stop growing once it is full, so for them this is the growth
+    before that. State of fixed size (convolutions, state spaces) does not count.
+
+    Raises ModelError for a model that returns no cache.
+    """
+    shorter, longer = (_cache_bytes(model, tokens) for tokens in (2, 3))
+    return longer - shorter
+
+
+def _cache_bytes(model: Any, tokens: int) -> int:
+    device = next(model.parameters()).device
+    ids = torch.ones(1, tokens, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise ModelError(
+            f"{type(model).__name__} returned a cache of type {type(cache).__name__}; its size "
+            "can't be measured, only that of a transformers Cache"
+        )
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for layer in layers
+        for tensor in vars(layer).values()
+        if isinstance(tensor, Tensor)
+    )

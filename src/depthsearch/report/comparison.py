@@ -1,0 +1,284 @@
+"""The pictures and tables of a comparison of arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.lines import Line2D
+
+from depthsearch.report import wording
+from depthsearch.report.drawing import CYCLE, INK, Picture, canvas, cost_axis, loss_axis, picture
+from depthsearch.report.figures import Strip, mask_picture
+from depthsearch.report.tables import Table
+from depthsearch.space import Mask, Site, parse_site_name
+
+_COLORS = (("#d55e00", "D"), ("#0072b2", "s"), ("#009e73", "^"), ("#aa3377", "o"), *CYCLE[1:])
+
+_EXPORT_ROWS = (
+    ("parameters", "Parameters", "params"),
+    ("disk_bytes", "Size on disk", "bytes"),
+    ("kv_bytes_per_token", "KV cache per token", "bytes"),
+    ("perplexity", "Held-out perplexity", ""),
+    ("prefill_tokens_per_s", "Prefill, tokens/s", ""),
+    ("decode_tokens_per_s", "Decode, tokens/s", ""),
+    ("peak_memory_bytes", "Peak memory", "bytes"),
+)
+
+
+def sites_from_names(names: Sequence[str]) -> tuple[Site, ...]:
+    """Sites in execution order from their public names; raises MaskError."""
+    return tuple(Site(index, *parse_site_name(name)) for index, name in enumerate(names))
+
+
+def arms_picture(arms: Sequence[Mapping[str, Any]], sites: Sequence[Site]) -> Picture | None:
+    """The masks of all arms side by side, equal masks of several seeds drawn once."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for arm in arms:
+        if arm.get("mask"):
+            groups.setdefault((str(arm["name"]), str(arm["mask"])), []).append(arm)
+    seeds_of: dict[str, int] = {}
+    for arm in arms:
+        seeds_of[str(arm["name"])] = seeds_of.get(str(arm["name"]), 0) + 1
+    strips = []
+    for (name, key), members in groups.items():
+        seeds = ", ".join(str(arm["seed"]) for arm in members)
+        whose = "" if seeds_of[name] == 1 else f", seed{'s' if len(members) > 1 else ''} {seeds}"
+        losses = wording.loss(members[0].get("heldout_kl"), members[0].get("heldout_kl_stderr"))
+        detail = f"{members[0].get('origin', '')} · held-out KL {losses}"
+        strips.append(
+            Strip(Mask.from_key(key), wording.shorten(name + whose), wording.shorten(detail, 70))
+        )
+    return mask_picture(strips, sites) if strips else None
+
+
+def anytime_picture(arms: Sequence[Mapping[str, Any]]) -> Picture | None:
+    """Best search loss against search cost, one curve for each arm and seed."""
+    curves = [(arm, arm["anytime"]) for arm in arms if arm.get("anytime")]
+    if not curves:
+        return None
+    names = _names(arms)
+    end = max(float(arm["cost_tokens"]) for arm, _ in curves)
+    with canvas(9.6, 3.7) as figure:
+        axis = figure.add_subplot()
+        for arm, curve in curves:
+            color, _ = _COLORS[names.index(str(arm["name"])) % len(_COLORS)]
+            xs, ys = [float(x) for x, _ in curve], [float(y) for _, y in curve]
+            own_end = float(arm["cost_tokens"])
+            axis.plot(
+                [*xs, own_end],
+                [*ys, ys[-1]],
+                drawstyle="steps-post",
+                color=color,
+                linewidth=1.5,
+                alpha=0.9,
+            )
+            axis.plot([own_end], [ys[-1]], marker="|", markersize=9, color=color)
+        losses = [float(y) for _, curve in curves for _, y in curve]
+        cost_axis(axis)
+        axis.set_xlim(0, end * 1.02)
+        axis.set_ylabel("best search loss so far, nats")
+        loss_axis(axis, "y", min(losses), max(losses))
+        figure.legend(
+            handles=[
+                Line2D(
+                    [],
+                    [],
+                    color=_COLORS[n % len(_COLORS)][0],
+                    linewidth=1.5,
+                    label=wording.shorten(name, 26),
+                )
+                for n, name in enumerate(names)
+            ],
+            loc="outside right upper",
+        )
+        return picture(figure, f"Best search loss against cost for {', '.join(names)}.")
+
+
+def transfer_picture(arms: Sequence[Mapping[str, Any]]) -> Picture | None:
+    """Held-out KL against the loss that the search saw: what selection gained and what lasts."""
+    known = [
+        a for a in arms if a.get("select_loss") is not None and a.get("heldout_kl") is not None
+    ]
+    if not known:
+        return None
+    names = _names(arms)
+    with canvas(9.6, 3.9) as figure:
+        axis = figure.add_subplot()
+        for arm in known:
+            color, marker = _COLORS[names.index(str(arm["name"])) % len(_COLORS)]
+            axis.errorbar(
+                [float(arm["select_loss"])],
+                [float(arm["heldout_kl"])],
+                yerr=[float(arm.get("heldout_kl_stderr") or 0.0)],
+                color=color,
+                marker=marker,
+                markersize=6,
+                linewidth=1,
+                capsize=2,
+                alpha=0.9,
+            )
+        xs = [float(a["select_loss"]) for a in known]
+        ys = [float(a["heldout_kl"]) for a in known]
+        low, high = min(xs + ys), max(xs + ys)
+        axis.plot(
+            [low, high], [low, high], color="#9aa3ad", linewidth=1, linestyle=(0, (2, 3)), zorder=1
+        )
+        axis.set_xlabel("loss on the data the search selected on, nats")
+        axis.set_ylabel("held-out KL, nats\n(with standard error)")
+        handles = [
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                marker=_COLORS[n % len(_COLORS)][1],
+                color=_COLORS[n % len(_COLORS)][0],
+                label=wording.shorten(name, 26),
+            )
+            for n, name in enumerate(names)
+        ]
+        handles.append(
+            Line2D([], [], color="#9aa3ad", linestyle=(0, (2, 3)), label="equal on both")
+        )
+        figure.legend(handles=handles, loc="outside right upper")
+        return picture(figure, "Held-out KL against the loss on search data, one dot a run.")
+
+
+def interval_picture(summary: Sequence[Mapping[str, Any]]) -> Picture | None:
+    """Held-out KL of each arm with its interval, best on top."""
+    known = [row for row in summary if row.get("heldout_kl_mean") is not None]
+    if not known:
+        return None
+    ordered = sorted(known, key=lambda row: -float(row["heldout_kl_mean"]))
+    with canvas(9.6, 0.36 * len(ordered) + 0.75) as figure:
+        axis = figure.add_subplot()
+        for y, row in enumerate(ordered):
+            mean, low, high = (float(row[f"heldout_kl_{end}"]) for end in ("mean", "low", "high"))
+            axis.plot([low, high], [y, y], color=INK, linewidth=1.6, solid_capstyle="butt")
+            axis.plot([mean], [y], marker="o", color=INK, markersize=6)
+        axis.set_yticks(range(len(ordered)), [wording.shorten(str(r["arm"]), 30) for r in ordered])
+        axis.set_ylim(-0.6, len(ordered) - 0.4)
+        axis.set_xlabel("held-out KL divergence to the dense model, nats (95 % interval)")
+        return picture(figure, "Held-out KL of each arm with its 95 per cent interval.")
+
+
+def summary_table(compare: Mapping[str, Any]) -> Table:
+    """The dense model and every arm with intervals, best first."""
+    dense = compare.get("dense") or {}
+    rows = [("dense model", "", "0", "", wording.loss(dense.get("heldout_ce")), "")]
+    ordered = sorted(
+        compare.get("summary") or (),
+        key=lambda r: (r.get("heldout_kl_mean") is None, r.get("heldout_kl_mean") or 0.0),
+    )
+    for row in ordered:
+        low, high = row.get("heldout_kl_low"), row.get("heldout_kl_high")
+        cost = row.get("cost_tokens_mean")
+        seeds = row.get("seeds", "")
+        rows.append(
+            (
+                str(row["arm"]),
+                str(len(seeds) if isinstance(seeds, list) else seeds),
+                wording.loss(row.get("heldout_kl_mean")),
+                f"{low:.4f} to {high:.4f}"
+                if low is not None and high is not None
+                else wording.NONE,
+                wording.loss(row.get("heldout_ce_mean")),
+                wording.amount(cost) if cost is not None else wording.NONE,
+            )
+        )
+    return Table(
+        (
+            "Arm",
+            "Seeds",
+            "Held-out KL",
+            "95 % interval",
+            "Held-out cross-entropy",
+            "Search cost, tokens",
+        ),
+        tuple(rows),
+    )
+
+
+def pairs_table(compare: Mapping[str, Any]) -> Table:
+    """Paired differences between arms, with intervals and what they say."""
+    return Table(
+        ("Pair", "Difference in held-out KL", "95 % interval", "Verdict"),
+        tuple(
+            (
+                f"{pair['a']} {wording.MINUS} {pair['b']}",
+                wording.signed(float(pair["difference"])),
+                f"{wording.signed(float(pair['low']))} to {wording.signed(float(pair['high']))}",
+                str(pair["verdict"]),
+            )
+            for pair in compare.get("pairs") or ()
+        ),
+    )
+
+
+def runs_table(arms: Sequence[Mapping[str, Any]], sites: Sequence[Site]) -> Table:
+    """Every run of the comparison on one line."""
+    rows = []
+    for arm in arms:
+        mask = Mask.from_key(arm["mask"]) if arm.get("mask") else None
+        seconds, evaluations = arm.get("seconds"), arm.get("evaluations")
+        rows.append(
+            (
+                str(arm["name"]),
+                str(arm["seed"]),
+                wording.stretches(mask, sites) if mask else wording.NONE,
+                wording.loss(arm.get("select_loss")),
+                wording.loss(arm.get("finals_loss")),
+                wording.loss(arm.get("heldout_kl"), arm.get("heldout_kl_stderr")),
+                str(evaluations) if evaluations is not None else wording.NONE,
+                wording.amount(float(arm["cost_tokens"]))
+                if arm.get("cost_tokens") is not None
+                else wording.NONE,
+                wording.duration(float(seconds)) if seconds is not None else wording.NONE,
+            )
+        )
+    return Table(
+        (
+            "Arm",
+            "Seed",
+            "Dropped",
+            "Search loss",
+            "Fresh loss",
+            "Held-out KL",
+            "Evaluations",
+            "Cost, tokens",
+            "Time",
+        ),
+        tuple(rows),
+    )
+
+
+def export_table(compare: Mapping[str, Any]) -> Table | None:
+    """The exported models beside the dense one, with ratios; None where nothing was exported."""
+    models = (compare.get("export") or {}).get("rows") or []
+    if not models:
+        return None
+    first, others = models[0], models[1:]
+    columns = ["", str(first["name"])]
+    for model in others:
+        columns += [str(model["name"]), f"÷ {first['name']}"]
+    rows = []
+    for key, title, metric in _EXPORT_ROWS:
+        if all(model.get(key) is None for model in models):
+            continue
+        cells = [title, _figure(first.get(key), metric)]
+        for model in others:
+            own, base = model.get(key), first.get(key)
+            cells.append(_figure(own, metric))
+            cells.append(f"{own / base:.2f}×" if own is not None and base else wording.NONE)
+        rows.append(tuple(cells))
+    return Table(tuple(columns), tuple(rows))
+
+
+def _figure(value: float | None, metric: str) -> str:
+    if value is None:
+        return wording.NONE
+    return wording.amount(value, metric) if metric else f"{value:.4g}"
+
+
+def _names(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(str(arm["name"]) for arm in arms))

@@ -1,0 +1,107 @@
+"""The tables of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from depthsearch.report import wording
+from depthsearch.report.data import RunData, flatten
+from depthsearch.space import METRICS, Evaluation
+
+_STATUS = {
+    "ok": "judged on all search data",
+    "eliminated": "stopped early by the race",
+    "non_finite": "failed: loss not finite",
+    "out_of_memory": "failed: out of memory",
+    "timed_out": "failed: out of time",
+    "failed": "failed",
+}
+_TOP = 10
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column titles and rows of text."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def best_mask(run: RunData) -> Table | None:
+    """What the best mask drops, what it costs, and what it loses."""
+    if run.best is None:
+        return None
+    space, mask = run.space, run.best
+    point, fresh = run.by_mask.get(mask), run.fresh.get(mask)
+    rows = [
+        ("Found by", run.origin(mask)),
+        ("Drops", wording.stretches(mask, space.sites)),
+        ("Dropped sites", ", ".join(space.sites[i].name for i in mask.dropped) or "none"),
+        ("Loss on search data", _loss_of(point.evaluation if point else None)),
+        ("Loss on fresh data", _loss_of(fresh)),
+        ("Budget", space.budget.text),
+    ]
+    metric = space.budget.metric
+    name, costs = wording.metric_name(metric), space.budget.costs(space.costs, space.sites)
+    dense = costs.fixed + costs.blocks
+    for title, cost in ((name, space.cost(mask)), ("· allowed", space.cap), ("· dense", dense)):
+        parts = [f"{wording.share(cost, dense)} of the dense model"]
+        if costs.fixed:
+            # Embeddings and head can't be dropped: what the blocks keep is the usual "sparsity".
+            parts.append(f"{wording.share(cost - costs.fixed, costs.blocks)} of its blocks")
+        rows.append((title, f"{cost:,} ({', '.join(parts)})"))
+    for other in (m for m in METRICS if m != metric and m in space.costs.metrics):
+        cost, whole = space.costs.cost(other, mask), space.costs.total(other)
+        part = wording.share(cost, whole)
+        own, all_of_it = wording.amount(cost, other), wording.amount(whole, other)
+        rows.append((wording.metric_name(other), f"{own} of {all_of_it} ({part})"))
+    return Table(("", ""), tuple(rows))
+
+
+def top_masks(run: RunData) -> Table:
+    """The masks with the lowest search losses."""
+    rows = []
+    metric = run.space.budget.metric
+    for place, point in enumerate(run.ranked[:_TOP], start=1):
+        rows.append(
+            (
+                str(place),
+                point.origin,
+                wording.stretches(point.mask, run.space.sites),
+                _loss_of(point.evaluation),
+                _loss_of(run.fresh.get(point.mask)),
+                wording.amount(run.space.cost(point.mask), metric),
+            )
+        )
+    return Table(
+        ("", "Found by", "Drops", "Search loss", "Fresh loss", wording.metric_name(metric)),
+        tuple(rows),
+    )
+
+
+def search_summary(run: RunData) -> Table:
+    """What the search did and spent."""
+    rows = [
+        ("State", f"finished ({run.end_reason})" if run.end_reason else "not finished"),
+        ("Evaluations", f"{len(run.points):,}"),
+    ]
+    rows += [(f"· {_STATUS[s]}", f"{run.by_status[s]:,}") for s in _STATUS if s in run.by_status]
+    rows += [(f"· from {name}", f"{n:,}") for name, n in run.by_family.items()]
+    judged = sum(p.evaluation.tokens for p in run.points)
+    rows += [
+        ("Calibration tokens judged", f"{judged:,}"),
+        ("Search cost", f"{run.cost_tokens:,.0f} dense-equivalent tokens"),
+    ]
+    rows.append(("Time from first to last record", wording.duration(run.seconds)))
+    return Table(("", ""), tuple(rows))
+
+
+def _loss_of(evaluation: Evaluation | None) -> str:
+    return wording.NONE if evaluation is None else wording.loss(evaluation.loss, evaluation.stderr)
+
+
+def pairs(data: Mapping[str, Any]) -> Table:
+    """Nested plain data, one dotted name a row."""
+    return Table(("", ""), tuple(flatten(data)))

@@ -1,0 +1,81 @@
+"""Run directories: made whole or not at all, never overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from depthsearch.errors import RunDirectoryError, StorageError
+
+CONFIG = "config.yaml"
+JOURNAL = "journal.jsonl"
+BEST = "best.json"
+REPORT = "report.html"
+
+
+def create_directory(path: Path, files: Mapping[str, str]) -> None:
+    """Make `path` with `files` (name -> text) in it, under a temporary name and then renamed.
+
+    Raises RunDirectoryError if `path` exists, StorageError if it cannot be written.
+    """
+    if path.exists():
+        hint = (
+            f"continue it with `depthsearch resume {path}`, or choose another --out"
+            if (path / JOURNAL).exists()
+            else "choose another --out"
+        )
+        raise RunDirectoryError(f"{path} exists already and is never overwritten: {hint}")
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        for name, text in files.items():
+            _write_synced(partial / name, text)
+        partial.chmod(0o755)
+        partial.rename(path)
+    except OSError as error:
+        raise StorageError(f"cannot create {path}: {error.strerror or error}") from error
+    finally:
+        if partial is not None and partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a whole file or nothing; raises StorageError (disk full)."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        _write_synced(partial, text)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON document as `write_file` does."""
+    write_file(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON document of a run directory; raises RunDirectoryError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunDirectoryError(f"{path.parent} has no {path.name}: {what}") from error
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise RunDirectoryError(f"{path} is not a JSON object")
+    return data
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,234 @@
+"""Export the result of a run, and measure checkpoints beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from depthsearch import __version__
+from depthsearch.calibration.text import load_documents
+from depthsearch.calibration.windows import make_splits
+from depthsearch.errors import RunDirectoryError
+from depthsearch.export import CardData, ExportResult, Figure, export
+from depthsearch.model.load import LoadedModel, load_model
+from depthsearch.quality import (
+    Perplexity,
+    Size,
+    Speed,
+    measure_size,
+    measure_speed,
+    peak_memory,
+    perplexity,
+)
+from depthsearch.run.directory import BEST, read_json, write_json
+from depthsearch.run.search import run_config
+from depthsearch.run.session import Session
+from depthsearch.space import Budget, Mask
+
+EXPORT = "export.json"
+
+OnStage = Callable[[str, int, int], None]
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    measure: bool = True,
+    repeats: int = 5,
+    on_stage: OnStage | None = None,
+) -> tuple[ExportResult, dict[str, Any]]:
+    """Export the best mask of a finished run to `out`, with held-out figures beside the dense.
+
+    The figures also go to export.json in the run directory, for its report. Raises
+    RunDirectoryError for an unfinished run, ExportError, StorageError.
+    """
+    config = run_config(run)
+    best = read_json(
+        run / BEST, f"it has not finished; continue it with `depthsearch resume {run}`"
+    )
+    session = Session.open(config)
+    if session.loaded.fingerprint != best["model"]["fingerprint"]:
+        raise RunDirectoryError(
+            f"the model at {config.model.path} is not the one that {run} searched (its fingerprint "
+            "differs): restore it, or search again"
+        )
+    mask = Mask.from_key(best["mask"])
+    splits = session.splits(config.search.seed)
+    rows: list[dict[str, Any]] = []
+
+    def figures(directory: Path) -> tuple[Figure, ...]:
+        if not measure:
+            return ()
+        small = load_model(
+            str(directory),
+            str(session.loaded.dtype).removeprefix("torch."),
+            str(session.loaded.device),
+        )
+        rows.extend(
+            measure_beside(
+                {"dense": session.loaded, "pruned": small},
+                splits.heldout,
+                repeats=repeats,
+                on_stage=on_stage,
+            )
+        )
+        return card_figures(rows)
+
+    data = CardData(
+        origin=best["origin"],
+        budget=Budget.from_json(best["budget"]),
+        signature=best["signature"],
+        calibration=session.documents_name,
+        config=None,
+    )
+    result = export(
+        session.loaded,
+        session.anatomy,
+        mask,
+        out,
+        data,
+        overwrite=overwrite,
+        tokens=splits.heldout[:2],
+        measure=figures,
+    )
+    summary = {
+        "version": __version__,
+        "path": str(result.path),
+        "mask": mask.key,
+        "blocks": len(result.plan.pairs),
+        "parameters": result.parameters,
+        "disk_bytes": result.disk_bytes,
+        "verification": None if result.verification is None else result.verification.to_json(),
+        "signature": best["signature"],
+        "rows": rows,
+    }
+    write_json(run / EXPORT, summary)
+    return result, summary
+
+
+def evaluate_checkpoint(
+    model: str,
+    text: str,
+    *,
+    column: str | None = None,
+    beside: str | None = None,
+    window_tokens: int = 512,
+    tokens: int = 16384,
+    dtype: str = "auto",
+    device: str = "auto",
+    repeats: int = 5,
+    on_stage: OnStage | None = None,
+) -> dict[str, Any]:
+    """Perplexity, size and speed of a checkpoint, and of `beside` in the same run if given.
+
+    All of `text` counts as evaluation text: its documents in a fixed shuffled order, up to `tokens`
+    tokens. Raises InputError.
+    """
+    documents = load_documents(text, column)
+    names = {"model": model} if beside is None else {"dense": beside, "model": model}
+    loaded = {name: load_model(path, dtype, device) for name, path in names.items()}
+    windows = make_splits(
+        documents,
+        loaded["model"].tokenizer,
+        window_tokens,
+        tokens,
+        0,
+        0,
+        1e-9,
+        0,
+    ).select
+    return {
+        "version": __version__,
+        "text": documents.source,
+        "text_fingerprint": documents.fingerprint,
+        "dtype": {name: str(m.dtype).removeprefix("torch.") for name, m in loaded.items()},
+        "models": {
+            name: {"source": m.source, "revision": m.revision, "fingerprint": m.fingerprint}
+            for name, m in loaded.items()
+        },
+        "rows": measure_beside(loaded, windows, repeats=repeats, on_stage=on_stage),
+    }
+
+
+def measure_beside(
+    models: Mapping[str, LoadedModel],
+    windows: Tensor,
+    *,
+    repeats: int = 5,
+    on_stage: OnStage | None = None,
+) -> list[dict[str, Any]]:
+    """One row a model: perplexity on `windows` `[n, window]`, size, speed in turns, peak memory."""
+    stage = on_stage or (lambda *_: None)
+    texts: dict[str, Perplexity] = {}
+    for name, loaded in models.items():
+        texts[name] = perplexity(
+            loaded.model,
+            windows,
+            on_progress=lambda done, total, name=name: stage(  # type: ignore[misc]
+                f"perplexity, {name}", done, total
+            ),
+        )
+    speeds = measure_speed(
+        {name: loaded.model for name, loaded in models.items()},
+        repeats=repeats,
+        on_progress=lambda done, total: stage("speed", done, total),
+    )
+    rows = []
+    for place, (name, loaded) in enumerate(models.items()):
+        stage("memory", place, len(models))
+        local = Path(loaded.source)
+        size = measure_size(loaded.model, local if local.exists() else None)
+        peak = speeds[name].peak_memory_bytes
+        if peak is None and local.exists():
+            dtype = str(loaded.dtype).removeprefix("torch.")
+            peak = peak_memory(local, dtype=dtype, device=str(loaded.device)).peak_bytes
+        rows.append(_row(name, texts[name], size, speeds[name], peak))
+        stage("memory", place + 1, len(models))
+    return rows
+
+
+def _row(
+    name: str, text: Perplexity, size: Size, speed: Speed, peak_bytes: int | None
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "perplexity": text.value,
+        "cross_entropy_nats": text.loss_nats,
+        "cross_entropy_stderr": text.stderr,
+        "perplexity_protocol": text.protocol,
+        "parameters": size.parameters,
+        "memory_bytes": size.memory_bytes,
+        "disk_bytes": size.disk_bytes,
+        "kv_bytes_per_token": size.kv_bytes_per_token,
+        "prefill_tokens_per_s": speed.prefill_tokens_per_s,
+        "decode_tokens_per_s": speed.decode_tokens_per_s,
+        "prefill_ms": [speed.prefill.min_ms, speed.prefill.median_ms, speed.prefill.max_ms],
+        "decode_ms": [speed.decode.min_ms, speed.decode.median_ms, speed.decode.max_ms],
+        "speed_protocol": speed.protocol,
+        "peak_memory_bytes": peak_bytes,
+    }
+
+
+MEASURES = (
+    ("held-out perplexity", "perplexity"),
+    ("parameters", "parameters"),
+    ("weights on disk, bytes", "disk_bytes"),
+    ("KV cache, bytes per token", "kv_bytes_per_token"),
+    ("prefill, tokens/s", "prefill_tokens_per_s"),
+    ("decode, tokens/s", "decode_tokens_per_s"),
+    ("peak memory, bytes", "peak_memory_bytes"),
+)
+"""What people want to see of a row, in order: a phrase and its key."""
+
+
+def card_figures(rows: list[dict[str, Any]]) -> tuple[Figure, ...]:
+    """The rows of a dense and a pruned model as the table of a model card."""
+    dense, pruned = rows
+    figures = [Figure(phrase, dense[key], pruned[key]) for phrase, key in MEASURES]
+    protocol = f"{pruned['perplexity_protocol']}; {pruned['speed_protocol']}"
+    return (*figures, Figure("protocol", protocol, "the same run"))

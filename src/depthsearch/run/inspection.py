@@ -1,0 +1,48 @@
+"""Look at a model: its sites, their costs, and how exactly it can be masked and replayed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from depthsearch import __version__
+from depthsearch.model.anatomy import describe
+from depthsearch.model.costs import cost_table
+from depthsearch.model.load import load_model
+from depthsearch.model.selfcheck import self_check
+from depthsearch.space import METRICS
+
+
+def inspect_model(
+    source: str, *, context_tokens: int = 2048, dtype: str = "auto", device: str = "auto"
+) -> dict[str, Any]:
+    """Everything `depthsearch inspect` shows, as plain data; raises ModelError."""
+    loaded = load_model(source, dtype, device)
+    anatomy = describe(loaded.model)
+    check = self_check(loaded.model, anatomy)
+    costs = cost_table(loaded.model, anatomy, context_tokens)
+    return {
+        "version": __version__,
+        "source": loaded.source,
+        "fingerprint": loaded.fingerprint,
+        "model_type": anatomy.model_type,
+        "model_class": anatomy.model_class,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "blocks": anatomy.stack.blocks,
+        "parallel_blocks": anatomy.stack.row.parallel,
+        "packable": not anatomy.stack.row.parallel,
+        "self_check": check.to_json(),
+        "context_tokens": context_tokens,
+        "totals": {
+            metric: {
+                "model": costs.total(metric),
+                "blocks": costs.of(metric).blocks,
+                "outside_blocks": costs.of(metric).fixed,
+            }
+            for metric in METRICS
+        },
+        "sites": [
+            {"name": site.name} | {metric: costs.of(metric).sites[site.index] for metric in METRICS}
+            for site in anatomy.sites
+        ],
+    }

@@ -1,0 +1,70 @@
+"""Writing a journal and replaying one, by the same code.
+
+The search loop commits every record it is about to act on. Over an old journal a commit checks that
+the repetition reached the same record; past its end it appends. So a resumed search is the search
+run again from the start, with the losses already known read instead of computed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from depthsearch.errors import JournalError
+from depthsearch.journal import Journal, Record
+
+
+class Ledger:
+    """The journal of one search, replayed as far as it goes and then written on."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._old = list(journal.records)
+        self._place = 0
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the next record is already there."""
+        return self._place < len(self._old)
+
+    def commit(self, record: Mapping[str, Any]) -> None:
+        """Append `record`, or check it against the one already there; raises JournalError."""
+        if not self.replaying:
+            self._journal.append(record)
+            return
+        old = self._take()
+        if old != json.loads(json.dumps(record)):
+            raise self._diverged(old, record)
+
+    def recall(self, op: str, compute: Callable[[], Mapping[str, Any]]) -> Record:
+        """The record of kind `op`: read if it is there, else computed and appended."""
+        if not self.replaying:
+            record = compute()
+            self._journal.append(record)
+            return dict(record)
+        old = self._take()
+        if old.get("op") != op:
+            raise self._diverged(old, {"op": op})
+        return old
+
+    def _take(self) -> Record:
+        old = {key: value for key, value in self._old[self._place].items() if key != "time"}
+        self._place += 1
+        return old
+
+    def _diverged(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> JournalError:
+        if old.get("op") == new.get("op") == "start" and old["version"] != new["version"]:
+            return JournalError(
+                f"{self._journal.path} was written by depthsearch {old['version']}, this is "
+                f"{new['version']}: resume it with that version, or start a new run"
+            )
+        differs = next(
+            (key for key in [*new, *old] if old.get(key) != new.get(key)), "its contents"
+        )
+        return JournalError(
+            f"{self._journal.path}, record {self._place}: repeating the search gives another "
+            f"'{new.get('op')}' record than the journal's '{old.get('op')}' (they differ in "
+            f"'{differs}'); the model, the data, the configuration or a library changed since: "
+            "restore them, or start a new run"
+        )

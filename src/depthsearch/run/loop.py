@@ -1,0 +1,310 @@
+"""The search loop: ask, evaluate, tell, and at the end choose on fresh data.
+
+Every step is committed to the ledger before anything acts on it, so a killed search is resumed by
+running this loop again over its journal. It knows no torch: backends compute the losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from depthsearch.errors import DepthsearchError
+from depthsearch.evaluation import Backend, evaluate
+from depthsearch.run.ledger import Ledger
+from depthsearch.searchers import build_searcher, is_baseline
+from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
+
+
+class NothingFoundError(DepthsearchError):
+    """No mask on budget could be evaluated."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to search with: method, options, seed, limits on cost, and finalists to re-rank.
+
+    `cost_tokens` bounds everything: hints, search and finals. `ask` bounds the masks of one ask.
+    """
+
+    method: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    seed: int = 0
+    cost_tokens: float | None = None
+    max_evaluations: int | None = None
+    finalists: int = 8
+    racing: bool = True
+    ask: int | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a search stands; `fraction` is the best guess of how much of it is done."""
+
+    phase: str
+    fraction: float
+    cost_tokens: float
+    evaluations: int
+    best_loss: float | None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The chosen mask with its evaluations on search data and on fresh data."""
+
+    best: Mask
+    origin: str
+    search: Evaluation
+    finals: Evaluation
+    baseline: Mask | None
+    reason: str
+    cost_tokens: float
+    evaluations: int
+
+
+class SearchLoop:
+    """One search from its first record to its last."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        space: SearchSpace,
+        plan: Plan,
+        select: Backend,
+        finals: Backend,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self._ledger = ledger
+        self._space = space
+        self._plan = plan
+        self._select = select
+        self._finals = finals
+        self._on_progress = on_progress or (lambda _: None)
+        self._known: dict[Mask, Evaluation] = {}
+        self._origins: dict[Mask, str] = {}
+        self._finishers: set[Mask] = set()
+        self._spent = 0.0
+        self._freed = 0.0
+
+    def run(self, start: Mapping[str, Any]) -> Outcome:
+        """Search; `start` is the first record.
+
+        Raises NothingFoundError, JournalError, StorageError.
+        """
+        self._ledger.commit({"op": "start", **start})
+        hints = self._hints()
+        plan = self._plan
+        rng = np.random.default_rng([plan.seed, 1])
+        searcher = build_searcher(plan.method, self._space, hints, rng, plan.options)
+        reason, number = "finished", 0
+        while True:
+            batch = self._affordable(searcher.ask(self._ask_size()))
+            if batch is None:
+                reason = "budget"
+                break
+            if not batch.proposals:
+                break
+            evaluations = self._step(number, batch)
+            searcher.tell(evaluations)
+            number += 1
+        outcome = self._choose(reason)
+        self._spent = outcome.cost_tokens
+        self._report("done", self._spent, 1.0, ())
+        self._ledger.commit(
+            {
+                "op": "end",
+                "reason": outcome.reason,
+                "best": outcome.best.key,
+                "cost_tokens": outcome.cost_tokens,
+            }
+        )
+        return outcome
+
+    def _hints(self) -> Hints:
+        def compute() -> dict[str, Any]:
+            hints, cost = self._select.hints()
+            cost += self._select.preparation
+            return {"op": "hints", **hints.to_json(), "cost_tokens": cost}
+
+        record = self._ledger.recall("hints", compute)
+        self._spent = float(record["cost_tokens"])
+        return Hints.from_json(record)
+
+    def _ask_size(self) -> int | None:
+        plan = self._plan
+        if plan.max_evaluations is None:
+            return plan.ask
+        left = max(1, plan.max_evaluations - len(self._known))
+        return left if plan.ask is None else min(left, plan.ask)
+
+    def _affordable(self, batch: Batch) -> Batch | None:
+        """The batch cut to what the limits still allow, or None where they allow nothing."""
+        plan, proposals = self._plan, batch.proposals
+        if not proposals:
+            return batch
+        if plan.max_evaluations is not None:
+            proposals = proposals[: max(0, plan.max_evaluations - len(self._known))]
+        if plan.cost_tokens is not None:
+            left = plan.cost_tokens - self._spent - self._reserve()
+            low, high = 0, len(proposals)
+            while low < high:
+                middle = (low + high + 1) // 2
+                fits = self._select.plan([p.mask for p in proposals[:middle]]) <= left
+                low, high = (middle, high) if fits else (low, middle - 1)
+            proposals = proposals[:low]
+        return Batch(proposals, batch.survivors, batch.rivals) if proposals else None
+
+    def _reserve(self) -> float:
+        """What the finals may cost: every finalist and the best baseline, without sharing."""
+        typical = self._space.decode([0.0] * len(self._space.genes))
+        one = self._finals.plan([typical])
+        return self._finals.preparation + (self._plan.finalists + 1) * one
+
+    def _step(self, number: int, batch: Batch) -> list[Evaluation]:
+        survivors = batch.survivors if self._plan.racing else None
+        self._ledger.commit(
+            {
+                "op": "ask",
+                "id": number,
+                "survivors": survivors,
+                "rivals": [mask.key for mask in batch.rivals],
+                "proposals": [proposal.to_json() for proposal in batch.proposals],
+            }
+        )
+
+        def compute() -> dict[str, Any]:
+            evaluations, cost = evaluate(
+                self._select,
+                [proposal.mask for proposal in batch.proposals],
+                survivors=survivors,
+                rivals=[self._known[mask] for mask in batch.rivals if mask in self._known],
+                on_unit=lambda done, total, cost: self._report(
+                    "search", self._spent + cost, done / total, batch.proposals
+                ),
+            )
+            return {
+                "op": "tell",
+                "id": number,
+                "evaluations": [evaluation.to_json() for evaluation in evaluations],
+                "cost_tokens": self._spent + cost,
+            }
+
+        record = self._ledger.recall("tell", compute)
+        evaluations = [Evaluation.from_json(entry) for entry in record["evaluations"]]
+        self._spent = float(record["cost_tokens"])
+        for proposal, evaluation in zip(batch.proposals, evaluations, strict=True):
+            self._known[proposal.mask] = evaluation
+            self._origins[proposal.mask] = proposal.origin
+            if proposal.final:
+                self._finishers.add(proposal.mask)
+        self._freed = max(self._freed, self._freed_by(batch.proposals))
+        self._report("search", self._spent, 1.0, batch.proposals)
+        return evaluations
+
+    def _choose(self, reason: str) -> Outcome:
+        """Re-rank the finalists on fresh data; a challenger must beat the best baseline there."""
+        complete = sorted(
+            (
+                self._known[mask]
+                for mask in self._finishers
+                if self._known[mask].status is Status.OK
+            ),
+            key=lambda evaluation: evaluation.order,
+        )
+        baselines = [e.mask for e in complete if is_baseline(self._origins[e.mask])]
+        masks = [e.mask for e in complete[: max(1, self._plan.finalists)]]
+        masks += [mask for mask in baselines[:1] if mask not in masks]
+        if not masks:
+            raise NothingFoundError(
+                f"none of {len(self._known)} evaluated masks met the budget and had a finite loss; "
+                "raise search.cost_tokens or search.max_evaluations, or check the model's dtype"
+            )
+
+        def compute() -> dict[str, Any]:
+            evaluations, cost = evaluate(
+                self._finals,
+                masks,
+                on_unit=lambda done, total, cost: self._report(
+                    "finals", self._spent + cost, done / total, ()
+                ),
+            )
+            chosen = choose(evaluations, [mask for mask in baselines if mask in masks])
+            return {
+                "op": "finals",
+                "evaluations": [evaluation.to_json() for evaluation in evaluations],
+                "baselines": [mask.key for mask in baselines if mask in masks],
+                "best": chosen.mask.key,
+                "cost_tokens": self._spent + self._finals.preparation + cost,
+            }
+
+        record = self._ledger.recall("finals", compute)
+        fresh = [Evaluation.from_json(entry) for entry in record["evaluations"]]
+        best = Mask.from_key(record["best"])
+        return Outcome(
+            best=best,
+            origin=self._origins[best],
+            search=self._known[best],
+            finals=next(e for e in fresh if e.mask == best),
+            baseline=Mask.from_key(record["baselines"][0]) if record["baselines"] else None,
+            reason=reason,
+            cost_tokens=float(record["cost_tokens"]),
+            evaluations=len(self._known),
+        )
+
+    def _freed_by(self, proposals: Sequence[Proposal]) -> float:
+        dense = self._space.cost(self._space.dense)
+        need = max(1, dense - self._space.cap)
+        return max((dense - self._space.cost(p.mask)) / need for p in proposals)
+
+    def _report(self, phase: str, spent: float, part: float, proposals: Sequence[Proposal]) -> None:
+        plan = self._plan
+        if phase in ("finals", "done"):
+            fraction = part
+        elif plan.cost_tokens is not None:
+            fraction = spent / plan.cost_tokens
+        elif plan.max_evaluations is not None:
+            fraction = (len(self._known) + part * len(proposals)) / plan.max_evaluations
+        else:
+            # Without a limit the share of the budget freed so far tells how far greedy has come.
+            now = self._freed_by(proposals)
+            fraction = self._freed + part * max(0.0, now - self._freed)
+        losses = [
+            e.loss
+            for mask in self._finishers
+            if (e := self._known[mask]).status is Status.OK and e.loss is not None
+        ]
+        self._on_progress(
+            Progress(phase, min(1.0, fraction), spent, len(self._known), min(losses, default=None))
+        )
+
+
+def choose(finals: Sequence[Evaluation], baselines: Sequence[Mask]) -> Evaluation:
+    """The finalist to return, from evaluations on data that no mask was selected on.
+
+    The best one, but the best baseline where the best one is not better by more than one standard
+    error of the paired difference, so that noise alone never replaces a baseline.
+    """
+    ranked = sorted(finals, key=lambda evaluation: evaluation.order)
+    best = ranked[0]
+    if best.status is not Status.OK:
+        raise NothingFoundError(
+            f"all {len(finals)} finalists failed on fresh data ({best.status}): the losses are not "
+            "finite or memory ran out"
+        )
+    safe = next((e for e in ranked if e.mask in baselines and e.status is Status.OK), None)
+    if safe is None or safe.mask == best.mask:
+        return best
+    differences = [a - b for a, b in zip(best.losses, safe.losses, strict=True)]
+    if len(differences) < 2:
+        return best
+    mean = fmean(differences)
+    spread = math.fsum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
+    return best if mean < -math.sqrt(spread / len(differences)) else safe

@@ -1,0 +1,106 @@
+"""Run a search in a run directory, or resume one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from depthsearch import __version__
+from depthsearch.config import RunConfig, load_config, resolved_yaml
+from depthsearch.errors import RunDirectoryError
+from depthsearch.journal import Journal
+from depthsearch.run.directory import BEST, CONFIG, JOURNAL, create_directory, write_json
+from depthsearch.run.ledger import Ledger
+from depthsearch.run.loop import OnProgress, Outcome, SearchLoop
+from depthsearch.run.session import Session, best_json
+
+Finish = Callable[[Path], object]
+
+
+def search(
+    config: RunConfig,
+    out: Path,
+    *,
+    session: Session | None = None,
+    on_progress: OnProgress | None = None,
+    finish: Finish | None = None,
+) -> Outcome:
+    """Search as configured in the new run directory `out`.
+
+    `finish(out)` runs after the journal is complete and before best.json, which is written last, so
+    its existence means that the run is whole. Raises InputError before anything is created where
+    something asked for is wrong, RunDirectoryError where `out` exists.
+    """
+    if out.exists():
+        create_directory(out, {})
+    session = session or Session.open(config)
+    session.splits(config.search.seed)
+    create_directory(out, {CONFIG: resolved_yaml(config), JOURNAL: ""})
+    return _continue(session, out, on_progress, finish)
+
+
+def resume(
+    out: Path,
+    *,
+    session: Session | None = None,
+    on_progress: OnProgress | None = None,
+    finish: Finish | None = None,
+) -> Outcome:
+    """Continue a killed or interrupted search; a finished one is checked and left as it is.
+
+    Raises RunDirectoryError where `out` is no run directory, JournalError where the repetition
+    diverges from the journal.
+    """
+    config = run_config(out)
+    return _continue(session or Session.open(config), out, on_progress, finish)
+
+
+def run_config(out: Path) -> RunConfig:
+    """The configuration of a run directory; raises RunDirectoryError."""
+    for name in (CONFIG, JOURNAL):
+        if not (out / name).is_file():
+            raise RunDirectoryError(
+                f"{out} is not a run directory: it has no {name}; start one with "
+                f"`depthsearch search CONFIG --out {out}`"
+            )
+    return load_config(out / CONFIG)
+
+
+def _continue(
+    session: Session, out: Path, on_progress: OnProgress | None, finish: Finish | None
+) -> Outcome:
+    seed = session.config.search.seed
+    splits = session.splits(seed)
+    signature = session.signature(splits, seed)
+    with Journal(out / JOURNAL) as journal:
+        loop = SearchLoop(
+            Ledger(journal),
+            session.space,
+            session.plan(),
+            session.backend(splits.select, seed),
+            session.backend(splits.finals, seed),
+            on_progress,
+        )
+        outcome = loop.run(_start(session, signature))
+        if finish is not None:
+            finish(out)
+        write_json(out / BEST, best_json(session, outcome, seed, signature))
+    return outcome
+
+
+def _start(session: Session, signature: dict[str, Any]) -> dict[str, Any]:
+    # Paths differ between machines without making another search; the fingerprints tell.
+    config = session.config.to_json()
+    return {
+        "version": __version__,
+        "signature": signature,
+        "config": config,
+        "space": session.space.to_json(),
+    }
+
+
+def with_search(session: Session, config: RunConfig) -> Session:
+    """The same loaded model and text under another search configuration."""
+    return replace(session, config=config)

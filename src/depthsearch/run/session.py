@@ -1,0 +1,233 @@
+"""What a configuration names, loaded: the model, its text, the space and the backends."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from depthsearch import __version__
+from depthsearch.calibration.objectives import OBJECTIVES, Objective
+from depthsearch.calibration.text import Documents, load_documents
+from depthsearch.calibration.windows import Splits, make_splits
+from depthsearch.config import RunConfig, SpaceConfig
+from depthsearch.errors import ConfigError, MaskError
+from depthsearch.evaluation import InProcess
+from depthsearch.model.anatomy import Anatomy, describe
+from depthsearch.model.costs import cost_table
+from depthsearch.model.load import LoadedModel, load_model
+from depthsearch.model.selfcheck import SelfCheck, self_check
+from depthsearch.run.loop import Outcome, Plan
+from depthsearch.searchers import SEARCHERS
+from depthsearch.searchers.options import suggestion
+from depthsearch.sources import is_path
+from depthsearch.space import Budget, SearchSpace, Site, mask_from_names
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model with everything that a search over it needs."""
+
+    config: RunConfig
+    loaded: LoadedModel
+    anatomy: Anatomy
+    check: SelfCheck
+    documents: Documents
+    space: SearchSpace
+
+    @classmethod
+    def open(cls, config: RunConfig) -> Session:
+        """Load and check everything; raises InputError of the part that is wrong."""
+        check_method(config.search.method)
+        documents = load_documents(
+            config.calibration.text,
+            config.calibration.column,
+            config.calibration.split,
+            config.calibration.subset,
+        )
+        loaded = open_model(config)
+        anatomy = describe(loaded.model)
+        space = make_space(config.space, loaded.model, anatomy)
+        return cls(config, loaded, anatomy, self_check(loaded.model, anatomy), documents, space)
+
+    def splits(self, seed: int) -> Splits:
+        """Select and finals windows drawn by `seed`; the held-out ones never depend on it."""
+        calibration = self.config.calibration
+        return make_splits(
+            self.documents,
+            self.loaded.tokenizer,
+            calibration.window_tokens,
+            calibration.select_tokens,
+            calibration.finals_tokens,
+            calibration.heldout_tokens,
+            calibration.heldout_fraction,
+            seed,
+        )
+
+    def backend(self, windows: torch.Tensor, seed: int) -> InProcess:
+        """The in-process backend for the configured objective on `windows`."""
+        objective = self.config.objective
+        return self.judge(windows, OBJECTIVES[objective.kind](), objective.positions, seed)
+
+    def judge(
+        self, windows: torch.Tensor, objective: Objective, positions: float = 1.0, seed: int = 0
+    ) -> InProcess:
+        """An in-process backend for any objective, by default on every position."""
+        return InProcess(
+            self.loaded.model,
+            self.anatomy,
+            windows,
+            objective,
+            mode=self.check.mode,
+            batch_tokens=self.config.calibration.batch_tokens,
+            positions=positions,
+            seed=seed,
+        )
+
+    def plan(self) -> Plan:
+        """The search part of the configuration."""
+        search = self.config.search
+        return Plan(
+            method=search.method,
+            options=search.options,
+            seed=search.seed,
+            cost_tokens=search.cost_tokens,
+            max_evaluations=search.max_evaluations,
+            finalists=search.finalists,
+            racing=search.racing,
+            ask=search.batch,
+        )
+
+    @cached_property
+    def model_json(self) -> dict[str, Any]:
+        """What names the model, without the folders of this machine."""
+        source = self.loaded.source
+        return {
+            "source": Path(source).name if is_path(source) else source,
+            "revision": self.loaded.revision,
+            "fingerprint": self.loaded.fingerprint,
+        }
+
+    @property
+    def documents_name(self) -> str:
+        """The calibration text's hub id, or the name of its file without the folders above."""
+        source = self.documents.source
+        return Path(source).name if is_path(source) else source
+
+    def signature(self, splits: Splits, seed: int) -> dict[str, Any]:
+        """What a figure cannot be separated from: versions, model, data, protocol, seed, dtype."""
+        calibration, objective = self.config.calibration, self.config.objective
+        return {
+            "depthsearch": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "model": self.model_json,
+            "model_class": self.anatomy.model_class,
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            "device": str(self.loaded.device),
+            "threads": torch.get_num_threads(),
+            "data": {
+                "source": self.documents_name,
+                "documents": self.documents.fingerprint,
+                "windows": splits.fingerprint,
+            },
+            "protocol": (
+                f"{objective.kind}, windows of {calibration.window_tokens} tokens, "
+                f"{100 * objective.positions:g} % of positions, select {len(splits.select)} / "
+                f"finals {len(splits.finals)} / held-out {len(splits.heldout)} windows, "
+                f"batches of {calibration.batch_tokens} tokens, "
+                f"replay by {self.check.mode}"
+            ),
+            "seed": seed,
+        }
+
+
+def open_model(config: RunConfig) -> LoadedModel:
+    """Load the configured model."""
+    model = config.model
+    return load_model(
+        model.path, model.dtype, model.device, model.revision, model.trust_remote_code
+    )
+
+
+def check_method(method: str) -> None:
+    """Refuse an unknown search method before anything slow starts; raises ConfigError."""
+    if method not in SEARCHERS:
+        raise ConfigError(
+            f"search.method is '{method}'{suggestion(method, SEARCHERS)}; "
+            f"methods: {', '.join(SEARCHERS)}"
+        )
+
+
+def make_space(config: SpaceConfig, model: Any, anatomy: Anatomy) -> SearchSpace:
+    """The search space of a loaded model; raises BudgetError or MaskError."""
+    if config.packable and anatomy.stack.row.parallel and config.granularity != "block":
+        raise MaskError(
+            f"{anatomy.model_class} has parallel blocks, whose sublayers cannot be re-paired: set "
+            "'granularity: block' to get masks that export natively"
+        )
+    return SearchSpace(
+        sites=anatomy.sites,
+        costs=cost_table(model, anatomy, config.budget.context_tokens),
+        budget=Budget.from_json(config.budget.to_budget_json()),
+        granularity=config.granularity,
+        protected=protected_sites(config.protect, anatomy.sites),
+        packable=config.packable,
+    )
+
+
+def protected_sites(entries: Sequence[str | int], sites: Sequence[Site]) -> frozenset[int]:
+    """Site indices named by `first`, `last`, a block number, or a site or block name.
+
+    Raises MaskError for one that the model does not have.
+    """
+    found: set[int] = set()
+    last = max(site.block for site in sites)
+    for entry in entries:
+        if isinstance(entry, str) and entry not in ("first", "last"):
+            found.update(mask_from_names(sites, [entry]).dropped)
+            continue
+        block = {"first": 0, "last": last}.get(str(entry), entry)
+        if not isinstance(block, int) or not 0 <= block <= last:
+            raise MaskError(f"the model has no block {entry} to protect: its last is {last}")
+        found.update(site.index for site in sites if site.block == block)
+    return frozenset(found)
+
+
+def best_json(
+    session: Session, outcome: Outcome, seed: int, signature: dict[str, Any]
+) -> dict[str, Any]:
+    """The result of a run, with the mask by site name and everything to reproduce it."""
+    space, mask = session.space, outcome.best
+    baseline = outcome.baseline
+    return {
+        "version": __version__,
+        "mask": mask.key,
+        "dropped": [space.sites[i].name for i in mask.dropped],
+        "kept": [space.sites[i].name for i in mask.kept],
+        "origin": outcome.origin,
+        "loss": outcome.search.loss,
+        "stderr": outcome.search.stderr,
+        "finals_loss": outcome.finals.loss,
+        "finals_stderr": outcome.finals.stderr,
+        "baseline": None if baseline is None else baseline.key,
+        "metric": space.budget.metric,
+        "cost": space.cost(mask),
+        "cap": space.cap,
+        "dense_cost": space.cost(space.dense),
+        "budget": space.budget.to_json(),
+        "budget_text": space.budget.text,
+        "cost_tokens": outcome.cost_tokens,
+        "evaluations": outcome.evaluations,
+        "reason": outcome.reason,
+        "seed": seed,
+        "signature": signature,
+        "model": session.model_json,
+    }

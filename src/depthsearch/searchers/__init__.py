@@ -1,0 +1,114 @@
+"""Searchers: one file an algorithm, all of them `ask` / `tell`, none of them with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from depthsearch.errors import ConfigError
+from depthsearch.searchers.baselines import cheap_baselines, is_baseline
+from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
+from depthsearch.searchers.greedy import GreedyOptions, greedy_plan
+from depthsearch.searchers.oneshot import (
+    BlockInfluenceOptions,
+    SingleRemovalOptions,
+    WindowsOptions,
+    block_influence_plan,
+    single_removal_plan,
+    windows_plan,
+)
+from depthsearch.searchers.options import parse_options, suggestion
+from depthsearch.searchers.protocol import Searcher
+from depthsearch.searchers.random import RandomOptions, random_plan
+from depthsearch.searchers.staged import StagedSearcher
+from depthsearch.space import Hints, SearchSpace
+
+Options = Mapping[str, object]
+Build = Callable[[SearchSpace, Hints, np.random.Generator, Options], Searcher]
+
+
+def build_searcher(
+    method: str, space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
+) -> Searcher:
+    """The searcher of a method; raises ConfigError for an unknown method or a wrong option."""
+    if method not in SEARCHERS:
+        raise ConfigError(
+            f"unknown search method '{method}'{suggestion(method, SEARCHERS)} "
+            f"(methods: {', '.join(SEARCHERS)})"
+        )
+    return SEARCHERS[method](space, hints, rng, options)
+
+
+def _random(
+    space: SearchSpace, _hints: Hints, rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(RandomOptions, "random", options)
+    return StagedSearcher("random", random_plan(space, rng, chosen))
+
+
+def _block_influence(
+    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(BlockInfluenceOptions, "block_influence", options)
+    return StagedSearcher("block_influence", block_influence_plan(space, hints, chosen))
+
+
+def _single_removal(
+    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
+) -> Searcher:
+    parse_options(SingleRemovalOptions, "single_removal", options)
+    return StagedSearcher("single_removal", single_removal_plan(space, hints))
+
+
+def _windows(
+    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(WindowsOptions, "windows", options)
+    return StagedSearcher("windows", windows_plan(space, hints, chosen))
+
+
+def _greedy(
+    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(GreedyOptions, "greedy", options)
+    return StagedSearcher("greedy", greedy_plan(space, hints, rng, chosen))
+
+
+def _evolution(
+    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(EvolutionOptions, "evolution", options)
+    return StagedSearcher("evolution", evolution_plan(space, hints, rng, chosen))
+
+
+def _optuna(
+    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
+) -> Searcher:
+    # Optuna is imported only by the searches that use it.
+    from depthsearch.searchers.optuna_keys import OptunaOptions, OptunaSearcher
+
+    chosen = parse_options(OptunaOptions, "optuna", options)
+    return OptunaSearcher(space, hints, rng, chosen)
+
+
+SEARCHERS: Mapping[str, Build] = MappingProxyType(
+    {
+        "random": _random,
+        "block_influence": _block_influence,
+        "single_removal": _single_removal,
+        "windows": _windows,
+        "greedy": _greedy,
+        "evolution": _evolution,
+        "optuna": _optuna,
+    }
+)
+
+__all__ = [
+    "SEARCHERS",
+    "Searcher",
+    "build_searcher",
+    "cheap_baselines",
+    "is_baseline",
+]

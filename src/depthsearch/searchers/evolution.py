@@ -1,0 +1,184 @@
+"""Evolution over masks on budget, seeded from every cheap baseline.
+
+(mu + lambda) selection as in EvoPress (Alg. 1), with what its landscape asks for: it starts from
+the baselines instead of a random mask, moves whole runs of dropped genes beside single swaps, keeps
+several parents, and never evaluates a mask twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from depthsearch.searchers.baselines import cheap_baselines
+from depthsearch.searchers.moves import Moves, weighted_index
+from depthsearch.searchers.oneshot import (
+    RemovalRanking,
+    rank_removals,
+    removal_masks,
+    removal_sweep,
+)
+from depthsearch.searchers.options import at_least
+from depthsearch.searchers.random import FreshMasks
+from depthsearch.searchers.ranking import influence_keys
+from depthsearch.searchers.staged import Answers, Plan, best_masks
+from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
+
+_TRIES_AN_OFFSPRING = 20
+_COMPLETED_WINDOWS = 2
+_FORGET = 0.9
+_FLOOR = 0.3
+
+
+@dataclass(frozen=True)
+class EvolutionOptions:
+    """Size of the population, and what it starts from.
+
+    `parents` masks survive a generation of `offspring`. `sweep` measures every single removal
+    first; `guided` makes moves prefer to drop what looks unimportant.
+    """
+
+    parents: int = 4
+    offspring: int = 16
+    sweep: bool = True
+    guided: bool = True
+
+    def __post_init__(self) -> None:
+        at_least(self, parents=1, offspring=1)
+
+
+def evolution_plan(
+    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: EvolutionOptions
+) -> Plan:
+    """Baselines, then a sweep of single removals and what it suggests, then generations."""
+    keys = influence_keys(space, hints)
+    fresh, elite = FreshMasks(space, rng), Elite(space, options.parents)
+
+    seeds = cheap_baselines(space, hints)
+    elite.learn((yield elite.batch(seeds)))
+    if options.sweep and not space.fits(space.dense):
+        sweep = removal_sweep(space)
+        answers = yield sweep
+        elite.learn(answers)
+        ranking = rank_removals(space, hints, answers)
+        keys = ranking.keys
+        suggested = (*removal_masks(space, ranking), *completions(space, ranking, elite.masks))
+        elite.learn((yield elite.batch(suggested)))
+        seeds = (*seeds, *sweep.proposals, *suggested)
+    for proposal in seeds:
+        fresh.add(proposal.mask)
+
+    moves = Moves(space, rng, keys if options.guided else None)
+    credit = Credit(moves.names)
+    while True:
+        born: dict[Mask, str] = {}
+        tries = _TRIES_AN_OFFSPRING * options.offspring if elite.masks else 0
+        while len(born) < options.offspring and tries:
+            tries -= 1
+            move = moves.names[weighted_index(rng, credit.weights)]
+            parent, other = (elite.masks[i] for i in _parents(rng, len(elite.masks)))
+            child = moves.apply(move, parent, other)
+            if child is not None and fresh.add(child):
+                born[child] = move
+        for mask in fresh.take(options.offspring - len(born)):
+            born[mask] = "random"
+        if not born:
+            return
+        elite.learn((yield elite.batch([Proposal(m, f"evolution {o}") for m, o in born.items()])))
+        credit.update(born, elite.masks)
+
+
+class Elite:
+    """The best distinct masks on budget that are known at full fidelity."""
+
+    def __init__(self, space: SearchSpace, size: int) -> None:
+        self._space = space
+        self._size = size
+        self._best: list[Evaluation] = []
+
+    @property
+    def masks(self) -> tuple[Mask, ...]:
+        """The masks, best first."""
+        return tuple(evaluation.mask for evaluation in self._best)
+
+    def learn(self, answers: Answers) -> None:
+        """Take in what is better; a mask that failed or lost its race never gets in."""
+        known = {e.mask: e for e in self._best}
+        for mask, evaluation in answers.items():
+            if evaluation.status is Status.OK and self._space.on_budget(mask):
+                known[mask] = evaluation
+        self._best = [known[m] for m in best_masks(tuple(known.values()), self._size)]
+
+    def batch(self, proposals: Sequence[Proposal]) -> Batch:
+        """A batch raced against these masks."""
+        return Batch(tuple(proposals), self._size, self.masks)
+
+
+class Credit:
+    """How likely each move is drawn: by its recent success, with a floor for every move."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._won = dict.fromkeys(names, 0.0)
+        self._tried = dict.fromkeys(names, 0.0)
+
+    @property
+    def weights(self) -> list[float]:
+        """One probability a move."""
+        rates = [(1 + self._won[name]) / (4 + self._tried[name]) for name in self._won]
+        total = sum(rates)
+        return [_FLOOR / len(rates) + (1 - _FLOOR) * rate / total for rate in rates]
+
+    def update(self, born: dict[Mask, str], elite: Sequence[Mask]) -> None:
+        """Count the offspring of each move, and those that became parents."""
+        for name in self._won:
+            children = [mask for mask, origin in born.items() if origin == name]
+            won = sum(mask in elite for mask in children)
+            self._won[name] = _FORGET * self._won[name] + won
+            self._tried[name] = _FORGET * self._tried[name] + len(children)
+
+
+def completions(
+    space: SearchSpace, ranking: RemovalRanking, elite: Sequence[Mask]
+) -> tuple[Proposal, ...]:
+    """Greedy prefixes completed by the gap of each of the best masks so far.
+
+    The first quarter, half and three quarters of what single removals would drop, then the gap
+    from its front or from its back until the budget is met.
+    """
+    target = removal_masks(space, ranking)[-1].mask
+    needed = [unit for unit in ranking.by_cost if not target.keep[unit[0]]]
+    worth = _ranks(ranking.keys)
+    found: dict[Mask, str] = {}
+    for quarters in (1, 2, 3):
+        prefix = {i for unit in needed[: len(needed) * quarters // 4] for i in unit}
+        for mask in elite[:_COMPLETED_WINDOWS]:
+            gap = [g for g, gene in enumerate(space.genes) if not mask.keep[gene[0]]]
+            for order in (gap, gap[::-1]):
+                keys = [2.0 + rank for rank in worth]
+                for place, gene in enumerate(order):
+                    keys[gene] = 1.0 + place / len(order)
+                for gene, sites in enumerate(space.genes):
+                    if prefix.intersection(sites):
+                        keys[gene] = 0.0
+                found.setdefault(space.decode(keys), f"greedy prefix {quarters}/4 + gap")
+    return tuple(Proposal(mask, origin) for mask, origin in found.items())
+
+
+def _ranks(keys: Sequence[float]) -> list[float]:
+    order = sorted(range(len(keys)), key=lambda g: (keys[g], g))
+    ranks = [0.0] * len(keys)
+    for rank, gene in enumerate(order):
+        ranks[gene] = rank / len(keys)
+    return ranks
+
+
+def _parents(rng: np.random.Generator, count: int) -> tuple[int, int]:
+    """Two places in the ranked parents, better ones likelier, different where possible."""
+    weights = [1 / (1 + place) for place in range(count)]
+    first = weighted_index(rng, weights)
+    if count == 1:
+        return first, first
+    weights[first] = 0.0
+    return first, weighted_index(rng, weights)

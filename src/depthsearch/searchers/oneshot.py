@@ -1,0 +1,114 @@
+"""One-shot methods: rank once, then cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from depthsearch.searchers.baselines import BLOCK_INFLUENCE, SINGLE_REMOVAL, window_baselines
+from depthsearch.searchers.options import at_least
+from depthsearch.searchers.protocol import propose
+from depthsearch.searchers.ranking import (
+    Unit,
+    block_influence_keys,
+    drop_in_order,
+    influence_keys,
+    loss_increases,
+    per_cost,
+    price,
+    removal_keys,
+)
+from depthsearch.searchers.staged import Answers, Plan
+from depthsearch.space import Batch, Hints, Proposal, SearchSpace, Status
+
+
+@dataclass(frozen=True)
+class BlockInfluenceOptions:
+    """What is ranked, and whether the influence is divided by the cost freed."""
+
+    level: Literal["block", "site"] = "block"
+    per_cost: bool = False
+
+
+@dataclass(frozen=True)
+class SingleRemovalOptions:
+    """No options."""
+
+
+@dataclass(frozen=True)
+class WindowsOptions:
+    """How many of the best windows must be known exactly."""
+
+    survivors: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(self, survivors=1)
+
+
+def block_influence_plan(space: SearchSpace, hints: Hints, options: BlockInfluenceOptions) -> Plan:
+    """The one mask of the block-influence ranking (ShortGPT, eq. 3)."""
+    keys = (block_influence_keys if options.level == "block" else influence_keys)(space, hints)
+    if options.per_cost:
+        keys = per_cost(space, keys)
+    origin = f"{BLOCK_INFLUENCE} of {options.level}s" + (" per cost" if options.per_cost else "")
+    yield Batch((Proposal(space.decode(keys), origin),))
+
+
+def windows_plan(space: SearchSpace, hints: Hints, options: WindowsOptions) -> Plan:
+    """Every contiguous window, the smallest angular distance first."""
+    yield Batch(window_baselines(space, hints), options.survivors)
+
+
+def single_removal_plan(space: SearchSpace, hints: Hints) -> Plan:
+    """Measure every single removal, then cut by loss increase, plain and per unit of cost."""
+    sweep = removal_sweep(space)
+    answers = yield sweep
+    ranking = rank_removals(space, hints, answers)
+    yield Batch(removal_masks(space, ranking))
+
+
+@dataclass(frozen=True)
+class RemovalRanking:
+    """What a sweep of single removals tells.
+
+    `plain` and `by_cost` are the dropped units in order of loss increase and of increase per unit
+    of budget freed; `keys` holds one loss increase a gene.
+    """
+
+    plain: tuple[Unit, ...]
+    by_cost: tuple[Unit, ...]
+    keys: tuple[float, ...]
+
+
+def removal_sweep(space: SearchSpace) -> Batch:
+    """The dense model and every single removal; none of them usually meets the budget."""
+    masks = {space.dense: "dense"} | dict.fromkeys(space.removals(space.dense), "sweep")
+    return Batch(tuple(propose(space, mask, origin) for mask, origin in masks.items()))
+
+
+def rank_removals(space: SearchSpace, hints: Hints, answers: Answers) -> RemovalRanking:
+    """Rank the units of a sweep by what their removal cost."""
+    dense = answers.get(space.dense)
+    # Without the dense loss the increases are off by one constant: the plain order stays right.
+    base = dense.loss if dense is not None and dense.loss is not None else 0.0
+    evaluations = [e for e in answers.values() if e.status in (Status.OK, Status.ELIMINATED)]
+    increases = loss_increases(space, evaluations, base)
+    total = space.cost(space.dense)
+    prices = {
+        unit: price(increase, total - space.cost(space.dense.without(unit)))
+        for unit, increase in increases.items()
+    }
+    return RemovalRanking(
+        tuple(sorted(increases, key=lambda unit: (increases[unit], unit))),
+        tuple(sorted(prices, key=lambda unit: (prices[unit], unit))),
+        removal_keys(space, increases, influence_keys(space, hints)),
+    )
+
+
+def removal_masks(space: SearchSpace, ranking: RemovalRanking) -> tuple[Proposal, ...]:
+    """The two masks that a sweep leads to, or one where both rankings agree."""
+    plain = drop_in_order(space, ranking.plain, ranking.keys)
+    by_cost = drop_in_order(space, ranking.by_cost, per_cost(space, ranking.keys))
+    masks = {plain: SINGLE_REMOVAL}
+    masks.setdefault(by_cost, f"{SINGLE_REMOVAL} per cost")
+    return tuple(Proposal(mask, origin) for mask, origin in masks.items())

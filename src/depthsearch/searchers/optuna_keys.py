@@ -1,0 +1,237 @@
+"""Optuna over ranking keys: one float a gene, decoded onto the budget.
+
+Bits with repair or penalties serve Optuna's samplers badly; keys that are decoded onto the budget
+serve them well. Any Optuna storage can hold the study, so its dashboard can show the search.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from depthsearch.errors import ConfigError
+from depthsearch.searchers.baselines import cheap_baselines
+from depthsearch.searchers.options import at_least
+from depthsearch.searchers.protocol import check_ask, check_tell
+from depthsearch.searchers.random import FreshMasks
+from depthsearch.searchers.ranking import influence_keys
+from depthsearch.searchers.staged import best_masks
+from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace
+
+_DROPPED, _KEPT = 0.25, 0.75
+_TIE_BREAK = 0.1
+_TRIES_A_BATCH = 40
+_TRIES_A_MASK = 10
+
+
+@dataclass(frozen=True)
+class OptunaOptions:
+    """Which sampler, where the study is kept, and how many masks a batch holds.
+
+    `storage` is an Optuna storage URL, or null for memory. The study must not exist yet;
+    `fresh: true` deletes one of the same name first.
+    """
+
+    sampler: Literal["tpe", "cmaes", "random"] = "tpe"
+    storage: str | None = None
+    study_name: str = "depthsearch"
+    fresh: bool = False
+    batch: int = 4
+    survivors: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(self, batch=1, survivors=1)
+
+
+class OptunaSearcher:
+    """A `Searcher` around an Optuna study; raises ConfigError where the study can't be made."""
+
+    def __init__(
+        self, space: SearchSpace, hints: Hints, rng: np.random.Generator, options: OptunaOptions
+    ) -> None:
+        self._space = space
+        self._options = options
+        self._seed = int(rng.integers(2**31))
+        self._study = _create_study(options, _sampler(options.sampler, self._seed))
+        width = len(str(len(space.genes) - 1))
+        self._names = [f"key_{g:0{max(width, 2)}d}" for g in range(len(space.genes))]
+        self._distributions: dict[str, BaseDistribution] = {
+            name: FloatDistribution(0.0, 1.0) for name in self._names
+        }
+        self._worth = influence_keys(space, hints)
+        self._fresh = FreshMasks(space, rng)
+        self._known: dict[Mask, Evaluation] = {}
+        self._pending: dict[Mask, list[Trial]] = {}
+        self._waiting: tuple[Proposal, ...] = ()
+        self._seeds = list(cheap_baselines(space, hints))
+        self._seeding = True
+
+    @property
+    def name(self) -> str:
+        """The method's public name."""
+        return "optuna"
+
+    @property
+    def study(self) -> optuna.Study:
+        """The study, for Optuna's own plots and dashboards."""
+        return self._study
+
+    def ask(self, n: int | None = None) -> Batch:
+        """All baselines first, then `batch` masks at a time, or at most `n`."""
+        check_ask(n, self._waiting)
+        with _quiet():
+            if self._seeds:
+                count = len(self._seeds) if n is None else n
+                seeds, self._seeds = self._seeds[:count], self._seeds[count:]
+                found = [self._enqueued(seed.mask, seed.origin) for seed in seeds]
+            else:
+                self._end_seeding()
+                found = self._sampled(self._options.batch if n is None else n)
+        self._waiting = tuple(found)
+        rivals = best_masks(tuple(self._known.values()), self._options.survivors)
+        return Batch(self._waiting, self._options.survivors if found else None, rivals)
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """Pass each loss to the trials that decoded to its mask; failures become FAIL."""
+        check_tell(evaluations, self._waiting)
+        with _quiet():
+            for evaluation in evaluations:
+                self._known[evaluation.mask] = evaluation
+                for trial in self._pending.pop(evaluation.mask):
+                    self._finish(trial, evaluation)
+            for trial in (t for trials in self._pending.values() for t in trials):
+                self._study.tell(trial, state=TrialState.FAIL)
+        self._pending.clear()
+        self._waiting = ()
+
+    def keys_of(self, mask: Mask) -> tuple[float, ...]:
+        """Ranking keys that decode to exactly this mask; influence breaks the ties."""
+        order = sorted(range(len(self._worth)), key=lambda g: (self._worth[g], g))
+        keys = [0.0] * len(order)
+        for rank, gene in enumerate(order):
+            side = _KEPT if mask.keep[self._space.genes[gene][0]] else _DROPPED
+            keys[gene] = side + _TIE_BREAK * (rank / len(order) - 0.5)
+        return tuple(keys)
+
+    def _enqueued(self, mask: Mask, origin: str) -> Proposal:
+        """Run a given mask as a trial of the study."""
+        self._study.enqueue_trial(dict(zip(self._names, self.keys_of(mask), strict=True)))
+        trial = self._study.ask(self._distributions)
+        self._fresh.add(mask)
+        return self._start(trial, mask, origin)
+
+    def _sampled(self, count: int) -> list[Proposal]:
+        """New masks from the sampler; trials that decode to a known one are answered at once."""
+        found: list[Proposal] = []
+        for _ in range(_TRIES_A_BATCH + _TRIES_A_MASK * count):
+            if len(found) == count:
+                return found
+            trial = self._study.ask(self._distributions)
+            mask = self._space.decode([trial.params[name] for name in self._names])
+            if self._fresh.add(mask):
+                found.append(self._start(trial, mask, f"optuna {self._options.sampler}"))
+                continue
+            self._annotate(trial, mask, "duplicate")
+            if mask in self._pending:
+                self._pending[mask].append(trial)
+            elif mask in self._known:
+                self._finish(trial, self._known[mask])
+            else:
+                self._study.tell(trial, state=TrialState.FAIL)
+        # The sampler keeps returning to known masks: go on with what it has not seen.
+        for mask in self._fresh.take(count - len(found)):
+            found.append(self._enqueued(mask, "optuna random"))
+        return found
+
+    def _start(self, trial: Trial, mask: Mask, origin: str) -> Proposal:
+        self._annotate(trial, mask, origin)
+        self._pending[mask] = [trial]
+        return Proposal(mask, origin)
+
+    def _annotate(self, trial: Trial, mask: Mask, origin: str) -> None:
+        trial.set_user_attr("mask", mask.key)
+        trial.set_user_attr("cost", self._space.cost(mask))
+        trial.set_user_attr("origin", origin)
+
+    def _finish(self, trial: Trial, evaluation: Evaluation) -> None:
+        if evaluation.loss is None:
+            self._study.tell(trial, state=TrialState.FAIL)
+        else:
+            self._study.tell(trial, evaluation.loss)
+
+    def _end_seeding(self) -> None:
+        """Start CMA-ES from the baselines, which it does not learn from by itself."""
+        if self._seeding and self._options.sampler == "cmaes":
+            done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            self._study.sampler = _sampler("cmaes", self._seed, done)
+        self._seeding = False
+
+
+def _sampler(
+    name: str, seed: int, seeds: Sequence[FrozenTrial] = ()
+) -> optuna.samplers.BaseSampler:
+    with _quiet():
+        if name == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if name == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        if find_spec("cmaes") is None:
+            raise ConfigError(
+                "the sampler 'cmaes' needs the package cmaes: pip install depthsearch[cma]"
+            )
+        return optuna.samplers.CmaEsSampler(
+            seed=seed, warn_independent_sampling=False, source_trials=list(seeds) or None
+        )
+
+
+def _create_study(options: OptunaOptions, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    # sqlalchemy is Optuna's own dependency; its errors are what a wrong storage URL raises.
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        with _quiet():
+            if options.fresh and options.storage is not None:
+                names = optuna.get_all_study_names(options.storage)
+                if options.study_name in names:
+                    optuna.delete_study(study_name=options.study_name, storage=options.storage)
+            return optuna.create_study(
+                study_name=options.study_name,
+                storage=options.storage,
+                sampler=sampler,
+                direction="minimize",
+            )
+    except optuna.exceptions.DuplicatedStudyError as error:
+        raise ConfigError(
+            f"the study '{options.study_name}' exists already in this storage: "
+            "choose another 'study_name', or set 'fresh: true' to delete it"
+        ) from error
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
+        # The URL itself may hold a password, so only its scheme is shown.
+        scheme = str(options.storage).partition(":")[0]
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"the Optuna storage ({scheme}:...) can't be opened: {reason}; expected a URL such as "
+            "sqlite:///study.db, or null for memory"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Optuna's log lines and its notes on experimental samplers off the terminal."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(level)

@@ -1,0 +1,82 @@
+"""Random masks on budget: the floor that every other method has to clear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from depthsearch.searchers.options import at_least
+from depthsearch.searchers.staged import Plan, best_masks
+from depthsearch.space import Batch, Evaluation, Mask, Proposal, SearchSpace
+
+_TRIES_A_MASK = 20
+
+
+@dataclass(frozen=True)
+class RandomOptions:
+    """How many masks a batch holds, and how many of the best must be known exactly."""
+
+    batch: int = 16
+    survivors: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(self, batch=1, survivors=1)
+
+
+def random_plan(space: SearchSpace, rng: np.random.Generator, options: RandomOptions) -> Plan:
+    """Batches of new random masks until none is left."""
+    fresh = FreshMasks(space, rng)
+    known: list[Evaluation] = []
+    while masks := fresh.take(options.batch):
+        answers = yield Batch(
+            tuple(Proposal(mask, "random") for mask in masks),
+            options.survivors,
+            best_masks(known, options.survivors),
+        )
+        known.extend(answers.values())
+
+
+class FreshMasks:
+    """Random masks on budget, none of them twice, until the space is exhausted.
+
+    Masks used elsewhere are handed in through `add`. When random draws bring nothing new, what is
+    left is listed, on a space small enough to be listed.
+    """
+
+    def __init__(self, space: SearchSpace, rng: np.random.Generator) -> None:
+        self._space = space
+        self._rng = rng
+        self._seen: set[Mask] = set()
+        self._left: Iterator[Mask] | None = None
+
+    def add(self, mask: Mask) -> bool:
+        """Mark a mask as used; False where it was used already."""
+        if mask in self._seen:
+            return False
+        self._seen.add(mask)
+        return True
+
+    def take(self, count: int) -> list[Mask]:
+        """At most `count` new masks; fewer, or none, when no more are found."""
+        found: list[Mask] = []
+        tries = 0
+        while len(found) < count and tries < _TRIES_A_MASK * count and self._left is None:
+            tries += 1
+            mask = self._space.decode(self._rng.random(len(self._space.genes)).tolist())
+            if self.add(mask):
+                found.append(mask)
+        if len(found) < count:
+            found.extend(self._list(count - len(found)))
+        return found
+
+    def _list(self, count: int) -> Iterator[Mask]:
+        if self._left is None:
+            masks = self._space.enumerate() or ()
+            self._left = iter([masks[i] for i in self._rng.permutation(len(masks))])
+        for _ in range(count):
+            mask = next((m for m in self._left if self.add(m)), None)
+            if mask is None:
+                return
+            yield mask

@@ -1,0 +1,99 @@
+"""What one site seems to be worth: ranking keys from hints and from single removals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from depthsearch.space import Evaluation, Hints, Mask, SearchSpace
+
+Unit = tuple[int, ...]
+
+
+def difference(larger: Mask, smaller: Mask) -> Unit:
+    """The sites that `larger` keeps and `smaller` drops."""
+    return tuple(i for i in larger.kept if not smaller.keep[i])
+
+
+def influence_keys(space: SearchSpace, hints: Hints) -> tuple[float, ...]:
+    """Block influence of each gene (ShortGPT): higher means keep."""
+    return tuple(hints.influence(gene) for gene in space.genes)
+
+
+def block_influence_keys(space: SearchSpace, hints: Hints) -> tuple[float, ...]:
+    """Influence of each gene's whole block, counting the sites of it that are free to go."""
+    blocks: dict[tuple[str, int], list[int]] = {}
+    for index in sorted(space.free):
+        site = space.sites[index]
+        blocks.setdefault((site.stack, site.block), []).append(index)
+    sites = [space.sites[gene[0]] for gene in space.genes]
+    return tuple(hints.influence(blocks[site.stack, site.block]) for site in sites)
+
+
+def per_cost(space: SearchSpace, keys: Sequence[float]) -> tuple[float, ...]:
+    """Each gene's key per unit of budget it frees, in units of the mean freed cost.
+
+    A gene that frees nothing keeps its own key, as it is never dropped alone.
+    """
+    dense = space.cost(space.dense)
+    freed = [dense - space.cost(space.dense.without(gene)) for gene in space.genes]
+    mean = sum(freed) / len(freed) or 1.0
+    return tuple(k * mean / f if f else k for k, f in zip(keys, freed, strict=True))
+
+
+def removal_keys(
+    space: SearchSpace, increases: Mapping[Unit, float], fallback: Sequence[float]
+) -> tuple[float, ...]:
+    """One key a gene from the loss increases of dropped units: the mean of the units it is in.
+
+    Genes without a known increase (their evaluation failed) count as the worst; `fallback` is
+    returned where nothing is known at all.
+    """
+    if not increases:
+        return tuple(fallback)
+    worst = max(increases.values())
+    of_site: dict[int, list[float]] = {}
+    for unit, increase in increases.items():
+        for index in unit:
+            of_site.setdefault(index, []).append(increase)
+    found = [of_site.get(gene[0], [worst]) for gene in space.genes]
+    return tuple(sum(values) / len(values) for values in found)
+
+
+def loss_increases(
+    space: SearchSpace, evaluations: Iterable[Evaluation], dense_loss: float
+) -> dict[Unit, float]:
+    """The loss increase of each unit whose single removal has a loss, by the unit's sites."""
+    return {
+        difference(space.dense, e.mask): e.loss - dense_loss
+        for e in evaluations
+        if e.loss is not None and e.mask != space.dense
+    }
+
+
+def drop_in_order(space: SearchSpace, units: Iterable[Unit], keys: Sequence[float]) -> Mask:
+    """Drop whole units in the order given until the budget is met, then put back what fits.
+
+    Units that overlap an earlier one are passed over; where the units don't suffice, the mask is
+    decoded from `keys` instead.
+    """
+    mask = space.dense
+    for unit in units:
+        if space.fits(mask):
+            break
+        if all(mask.keep[i] for i in unit):
+            mask = mask.without(unit)
+    return space.fill(mask, keys) if space.fits(mask) else space.decode(keys)
+
+
+def freed_cost(space: SearchSpace, larger: Mask, smaller: Mask) -> int:
+    """What going from `larger` to `smaller` frees, not counting more than the budget needs."""
+    cost = space.cost(larger)
+    return min(cost - space.cost(smaller), max(cost - space.cap, 0))
+
+
+def price(increase: float, freed: int) -> float:
+    """Loss increase per unit of budget freed; lower is better.
+
+    A decrease is multiplied instead, so that of two equal gains the one that frees more wins.
+    """
+    return increase / freed if increase > 0 else increase * freed

@@ -1,0 +1,33 @@
+"""Sites, masks, costs, budgets and the search space; no torch in here."""
+
+from __future__ import annotations
+
+from depthsearch.space.budget import Budget
+from depthsearch.space.cost import METRICS, CostTable, SiteCosts
+from depthsearch.space.evaluation import Batch, Evaluation, Hints, Proposal, Status
+from depthsearch.space.mask import Mask, mask_from_names
+from depthsearch.space.packing import is_packable, pairing
+from depthsearch.space.site import KINDS, Kind, Site, parse_site_name
+from depthsearch.space.space import Granularity, SearchSpace
+
+__all__ = [
+    "KINDS",
+    "METRICS",
+    "Batch",
+    "Budget",
+    "CostTable",
+    "Evaluation",
+    "Granularity",
+    "Hints",
+    "Kind",
+    "Mask",
+    "Proposal",
+    "SearchSpace",
+    "Site",
+    "SiteCosts",
+    "Status",
+    "is_packable",
+    "mask_from_names",
+    "pairing",
+    "parse_site_name",
+]

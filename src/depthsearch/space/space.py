@@ -1,0 +1,429 @@
+"""The search space: which sites may go, what they cost, and the masks that meet the budget.
+
+A mask is *on budget* when it drops only free sites, does not exceed the cap, and nothing dropped
+could be put back within it. Every way out of this module that promises a mask on budget builds one
+by bounded steps: remove units while over the cap, then put back units while they fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from depthsearch.errors import BudgetError, MaskError
+from depthsearch.space.budget import Budget
+from depthsearch.space.cost import CostTable, SiteCosts
+from depthsearch.space.mask import Mask
+from depthsearch.space.packing import is_packable
+from depthsearch.space.site import Site
+
+Granularity = Literal["sublayer", "block", "attention", "ffn"]
+Unit = tuple[int, ...]
+
+_REPAIR_TRIES = 20
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Sites, what may be dropped together, what must stay, and the budget to meet.
+
+    Raises BudgetError at construction where no mask of the space meets the budget, naming the
+    cheapest reachable cost, and MaskError for a space that cannot exist.
+    """
+
+    sites: tuple[Site, ...]
+    costs: CostTable
+    budget: Budget
+    granularity: Granularity = "sublayer"
+    protected: frozenset[int] = frozenset()
+    packable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.granularity not in get_args(Granularity):
+            raise MaskError(
+                f"unknown granularity '{self.granularity}': expected one of "
+                f"{', '.join(get_args(Granularity))}"
+            )
+        if self.budget.metric == "blocks" and self.granularity != "block":
+            raise BudgetError(
+                "a drop_blocks budget counts whole blocks: set 'granularity: block', or use "
+                "drop_sites or keep_params"
+            )
+        if self.packable and self.granularity in ("attention", "ffn"):
+            raise MaskError(
+                f"a packable space cannot drop only {self.granularity} sublayers: what is kept "
+                "would not alternate; set 'granularity: sublayer' or 'block'"
+            )
+        if self.packable and not is_packable(self.dense, self.sites):
+            raise MaskError(
+                "this model does not alternate attention and FFN sublayers, so what is kept can't "
+                "be re-paired into ordinary blocks: set 'packable: false'"
+            )
+        for index in self.protected.difference(range(len(self.sites))):
+            raise MaskError(
+                f"protected site {index} does not exist: the model's sites are 0 to "
+                f"{len(self.sites) - 1}"
+            )
+        if not self.genes:
+            raise MaskError("every site is protected: there is nothing to search")
+        cheapest = self.smallest()
+        if self.cost(cheapest) > self.cap:
+            dense = self.cost(self.dense)
+            raise BudgetError(
+                f"the budget cannot be met: {self.budget.text} allows {self.cap:,}, but the "
+                f"cheapest mask of this space costs {self.cost(cheapest):,} "
+                f"({100 * self.cost(cheapest) / dense:.1f} % of the dense model's {dense:,}); "
+                "raise the budget or protect fewer sites"
+            )
+
+    @cached_property
+    def genes(self) -> tuple[Unit, ...]:
+        """Groups of sites dropped together, in execution order; protected ones are left out."""
+        return tuple(group for group in self._groups if not self.protected.intersection(group))
+
+    @cached_property
+    def _groups(self) -> tuple[Unit, ...]:
+        if self.granularity == "block":
+            members: dict[tuple[str, int], list[int]] = {}
+            for site in self.sites:
+                members.setdefault((site.stack, site.block), []).append(site.index)
+            return tuple(tuple(group) for group in members.values())
+        wanted = {
+            "sublayer": ("attention", "cross_attention", "ffn"),
+            "attention": ("attention", "cross_attention"),
+            "ffn": ("ffn",),
+        }[self.granularity]
+        return tuple((site.index,) for site in self.sites if site.kind in wanted)
+
+    @cached_property
+    def free(self) -> frozenset[int]:
+        """The sites that may be dropped."""
+        return frozenset(i for gene in self.genes for i in gene)
+
+    @cached_property
+    def _table(self) -> SiteCosts:
+        return self.budget.costs(self.costs, self.sites)
+
+    @cached_property
+    def _shared_of(self) -> Mapping[int, tuple[tuple[int, Unit, int], ...]]:
+        """For each site, the shared parts it takes a share in: number, sites, amount."""
+        found: dict[int, list[tuple[int, Unit, int]]] = {}
+        for part, (indices, amount) in enumerate(self._table.shared):
+            for i in indices:
+                found.setdefault(i, []).append((part, indices, amount))
+        return {i: tuple(parts) for i, parts in found.items()}
+
+    @cached_property
+    def cap(self) -> int:
+        """The largest cost allowed, in the budget metric's own unit."""
+        return self.budget.cap_for(self._table)
+
+    @cached_property
+    def dense(self) -> Mask:
+        """The mask that keeps everything."""
+        return Mask.dense(len(self.sites))
+
+    def cost(self, mask: Mask) -> int:
+        """What the masked model costs in the budget's metric."""
+        return self._table.of(mask)
+
+    def fits(self, mask: Mask) -> bool:
+        """Whether the mask does not exceed the cap."""
+        return self.cost(mask) <= self.cap
+
+    def contains(self, mask: Mask) -> bool:
+        """Whether the mask drops only whole free genes and is packable where that is demanded."""
+        if len(mask) != len(self.sites) or not self.free.issuperset(mask.dropped):
+            return False
+        if any(len({mask.keep[i] for i in gene}) > 1 for gene in self.genes):
+            return False
+        return not self.packable or is_packable(mask, self.sites)
+
+    def on_budget(self, mask: Mask) -> bool:
+        """Whether the mask is in the space, fits, and nothing dropped could be put back."""
+        return self.contains(mask) and self._maximal(list(mask.keep), self.cost(mask))
+
+    def removals(self, mask: Mask) -> tuple[Mask, ...]:
+        """Every mask one minimal unit smaller that costs less than `mask`.
+
+        The unit is a gene; on a packable space of sublayers, two neighbouring kept sites. Where no
+        single removal lowers the cost (sites that share one cache), every smaller mask.
+        """
+        keep = list(mask.keep)
+        units = self._removable(keep)
+        cheaper = [unit for unit in units if self._weight(keep, unit) > 0]
+        return tuple(mask.without(unit) for unit in cheaper or units)
+
+    def additions(self, mask: Mask) -> tuple[Mask, ...]:
+        """Every mask of the space one minimal unit larger than `mask`."""
+        return tuple(mask.with_(u) for u in self._addable(list(mask.keep)))
+
+    def smallest(self) -> Mask:
+        """The cheapest mask of the space, the budget aside."""
+        if not self._pairs:
+            return self.dense.without(self.free)
+        keep = list(self.dense.without(self.free).keep)
+        for start, stop in self._stretches(keep):
+            if (stop - start) % 2:
+                # An odd stretch must keep one site that leaves even runs on both sides.
+                keep[min(range(start, stop, 2), key=lambda i: self._weight(keep, (i,)))] = True
+        return Mask(tuple(keep))
+
+    def decode(self, keys: Sequence[float]) -> Mask:
+        """The mask on budget for one ranking key a gene, higher meaning keep.
+
+        Drops the lowest key first until the cap is met, then puts back what fits, highest first;
+        where removing pairs in that order can't meet the cap, it grows the smallest mask instead.
+        Every mask on budget is reached by some keys. Raises MaskError for a wrong number of keys.
+        """
+        value = self._site_keys(keys)
+        keep = list(self.dense.keep)
+        if not self._shrink(keep, lambda units: min(units, key=lambda u: (_mean(value, u), u))):
+            keep = list(self.smallest().keep)
+        return self._grow(keep, lambda units: max(units, key=lambda u: (_mean(value, u), u)))
+
+    def fill(self, mask: Mask, keys: Sequence[float]) -> Mask:
+        """Put back what fits into a mask within the cap, highest key first; one key a gene."""
+        self._demand_length(mask)
+        value = self._site_keys(keys)
+        return self._grow(
+            list(mask.keep), lambda units: max(units, key=lambda u: (_mean(value, u), u))
+        )
+
+    def repair(
+        self, mask: Mask, rng: np.random.Generator, avoid: frozenset[int] = frozenset()
+    ) -> Mask:
+        """The nearest on-budget mask by random steps: removals over the cap, then put-backs.
+
+        Sites in `avoid` are put back only when nothing else fits. Raises MaskError for a mask over
+        another number of sites.
+        """
+        self._demand_length(mask)
+        start = self._into_space(mask)
+
+        def any_of(units: Sequence[Unit]) -> Unit:
+            return units[int(rng.integers(len(units)))]
+
+        def wanted(units: Sequence[Unit]) -> Unit:
+            return any_of([u for u in units if not avoid.intersection(u)] or units)
+
+        for _ in range(_REPAIR_TRIES):
+            keep = list(start.keep)
+            if self._shrink(keep, any_of):
+                return self._grow(keep, wanted)
+        return self._grow(list(self.smallest().keep), wanted)
+
+    def windows(self) -> tuple[Mask, ...]:
+        """Every contiguous run of genes that meets the budget, shortest from each start.
+
+        On a packable space of sublayers only runs of even length. Each is then trimmed and filled
+        so that it is on budget; a run that has to skip a protected site, or to leave its stack, is
+        not contiguous and is left out.
+        """
+        found: dict[Mask, None] = {}
+        count, step = len(self.genes), 2 if self._pairs else 1
+        for start in range(count):
+            mask = self.dense
+            for stop in range(start + step, count + 1, step):
+                run = [i for gene in self.genes[start:stop] for i in gene]
+                mask = self.dense.without(run)
+                if not self._contiguous(start, stop):
+                    break
+                if self.fits(mask):
+                    if self.contains(mask):
+                        found[self._trim(mask)] = None
+                    break
+        return tuple(found)
+
+    def enumerate(self, limit: int = 5000) -> tuple[Mask, ...] | None:
+        """All masks on budget in a fixed order, or None where they are more than `limit`.
+
+        Also None where listing them would take too many steps, which bounds the time to a few
+        seconds.
+        """
+        if self.fits(self.dense):
+            return (self.dense,)
+        found: list[Mask] = []
+        steps, keep = 0, list(self.dense.keep)
+        weights = [self._weight(keep, gene) for gene in self.genes]
+        shared = sum(amount for _, amount in self._table.shared)
+        # What the genes from each place on could still free, and the most that one put-back costs.
+        reach = [sum(weights[place:]) + shared for place in range(len(weights) + 1)]
+        step = max(weights) * (2 if self._pairs else 1) + shared
+
+        def visit(place: int, cost: int) -> bool:
+            nonlocal steps
+            steps += 1
+            if steps > 20 * limit + 20_000 or len(found) > limit:
+                return False
+            if cost - reach[place] > self.cap or cost + step <= self.cap:
+                return True
+            if place == len(self.genes):
+                mask = Mask(tuple(keep))
+                if cost <= self.cap and self.contains(mask) and self._maximal(keep, cost):
+                    found.append(mask)
+                return True
+            gene = self.genes[place]
+            if not visit(place + 1, cost):
+                return False
+            freed = self._weight(keep, gene)
+            _set(keep, gene, False)
+            complete = visit(place + 1, cost - freed)
+            _set(keep, gene, True)
+            return complete
+
+        return tuple(found) if visit(0, self.cost(self.dense)) and len(found) <= limit else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the space as JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "sites": [site.to_json() for site in self.sites],
+            "granularity": self.granularity,
+            "protected": sorted(self.protected),
+            "packable": self.packable,
+            "budget": self.budget.to_json(),
+            "costs": self.costs.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SearchSpace:
+        """Rebuild from `to_json`."""
+        return cls(
+            sites=tuple(Site.from_json(site) for site in data["sites"]),
+            costs=CostTable.from_json(data["costs"]),
+            budget=Budget.from_json(data["budget"]),
+            granularity=data["granularity"],
+            protected=frozenset(int(i) for i in data["protected"]),
+            packable=bool(data["packable"]),
+        )
+
+    @property
+    def _pairs(self) -> bool:
+        """Whether the minimal unit is a pair of sites rather than a gene."""
+        return self.packable and self.granularity == "sublayer"
+
+    def _site_keys(self, keys: Sequence[float]) -> dict[int, float]:
+        if len(keys) != len(self.genes):
+            raise MaskError(
+                f"expected one key for each of {len(self.genes)} genes: got {len(keys)}"
+            )
+        return {i: float(k) for gene, k in zip(self.genes, keys, strict=True) for i in gene}
+
+    def _demand_length(self, mask: Mask) -> None:
+        if len(mask) != len(self.sites):
+            raise MaskError(f"got a mask of {len(mask)} sites: the space has {len(self.sites)}")
+
+    def _contiguous(self, start: int, stop: int) -> bool:
+        """Whether genes `start` to `stop - 1` are of one stack with no protected group between."""
+        run = self.genes[start:stop]
+        first = self._groups.index(run[0])
+        unbroken = self._groups[first : first + len(run)] == run
+        return unbroken and self._same_stack(run[0][0], run[-1][-1])
+
+    def _stretches(self, keep: Sequence[bool]) -> list[tuple[int, int]]:
+        """Runs of dropped sites `(start, stop)`, cut where one stack ends and the next begins."""
+        found: list[tuple[int, int]] = []
+        for start, stop in Mask(tuple(keep)).runs:
+            cuts = [i for i in range(start + 1, stop) if not self._same_stack(i - 1, i)]
+            found.extend(pairwise([start, *cuts, stop]))
+        return found
+
+    def _into_space(self, mask: Mask) -> Mask:
+        """The mask with protected sites back, broken genes whole, and, for pairs, even runs."""
+        mask = mask.with_(i for i in range(len(mask)) if i not in self.free)
+        mask = mask.with_(i for gene in self.genes if any(mask.keep[g] for g in gene) for i in gene)
+        if self._pairs:
+            stretches = self._stretches(mask.keep)
+            mask = mask.with_(stop - 1 for start, stop in stretches if (stop - start) % 2)
+        return mask
+
+    def _trim(self, mask: Mask) -> Mask:
+        """Put back what fits, nearest to the ends of the dropped run first, so it stays whole."""
+        low, high = mask.dropped[0], mask.dropped[-1]
+
+        def nearest_end(units: Sequence[Unit]) -> Unit:
+            return min(units, key=lambda u: (min(u[0] - low, high - u[-1]), -u[0]))
+
+        return self._grow(list(mask.keep), nearest_end)
+
+    def _removable(self, keep: list[bool]) -> list[Unit]:
+        if not self._pairs:
+            return [gene for gene in self.genes if keep[gene[0]]]
+        kept = [i for i, k in enumerate(keep) if k]
+        return [
+            (a, b)
+            for a, b in pairwise(kept)
+            if a in self.free and b in self.free and self._same_stack(a, b)
+        ]
+
+    def _addable(self, keep: list[bool]) -> list[Unit]:
+        if not self._pairs:
+            return [gene for gene in self.genes if not keep[gene[0]]]
+        return [
+            (p, q)
+            for start, stop in self._stretches(keep)
+            for p in range(start, stop, 2)
+            for q in range(p + 1, stop, 2)
+        ]
+
+    def _same_stack(self, a: int, b: int) -> bool:
+        return self.sites[a].stack == self.sites[b].stack
+
+    def _weight(self, keep: list[bool], unit: Unit) -> int:
+        """What dropping the kept `unit`, or putting back the dropped one, moves the cost by."""
+        total = sum(self._table.sites[i] for i in unit)
+        seen: set[int] = set()
+        for i in unit:
+            for part, indices, amount in self._shared_of.get(i, ()):
+                if part not in seen and not any(keep[j] for j in indices if j not in unit):
+                    total += amount
+                seen.add(part)
+        return total
+
+    def _maximal(self, keep: list[bool], cost: int) -> bool:
+        """Whether `keep`, which costs `cost`, fits and no unit could be put back within the cap."""
+        return cost <= self.cap and all(
+            cost + self._weight(keep, unit) > self.cap for unit in self._addable(keep)
+        )
+
+    def _shrink(self, keep: list[bool], choose: Callable[[Sequence[Unit]], Unit]) -> bool:
+        cost = self.cost(Mask(tuple(keep)))
+        while cost > self.cap:
+            units = self._removable(keep)
+            if not units:
+                return False
+            unit = choose(units)
+            cost -= self._weight(keep, unit)
+            _set(keep, unit, False)
+        return True
+
+    def _grow(self, keep: list[bool], choose: Callable[[Sequence[Unit]], Unit]) -> Mask:
+        cost = self.cost(Mask(tuple(keep)))
+        while True:
+            units = [u for u in self._addable(keep) if cost + self._weight(keep, u) <= self.cap]
+            if not units:
+                return Mask(tuple(keep))
+            unit = choose(units)
+            cost += self._weight(keep, unit)
+            _set(keep, unit, True)
+
+
+def _set(keep: list[bool], unit: Iterable[int], value: bool) -> None:
+    for i in unit:
+        keep[i] = value
+
+
+def _mean(value: Mapping[int, float], unit: Unit) -> float:
+    return sum(value[i] for i in unit) / len(unit)

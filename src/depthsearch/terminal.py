@@ -1,0 +1,217 @@
+"""What people see while they wait and when something ends: bars and tables on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from depthsearch.run.compare import OnArm
+from depthsearch.run.figures import MEASURES
+from depthsearch.run.loop import OnProgress
+from depthsearch.run.loop import Progress as SearchProgress
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def search_bar(title: str) -> Iterator[OnProgress]:
+    """A live bar for a search: share done, time left, cost, evaluations and best loss."""
+    with _bar("{task.fields[detail]}") as bar:
+        task = bar.add_task(title, total=1.0, detail="")
+
+        yield _updater(bar, task, title)
+        bar.update(task, completed=1.0)
+
+
+def _updater(bar: Progress, task: TaskID, title: str) -> OnProgress:
+    def update(progress: SearchProgress) -> None:
+        best = "" if progress.best_loss is None else f", best loss {progress.best_loss:.4f}"
+        bar.update(
+            task,
+            completed=1.0 if progress.phase == "done" else min(progress.fraction, 0.999),
+            description=f"{title} · {progress.phase}",
+            detail=f"{progress.cost_tokens:,.0f} tokens, {progress.evaluations} masks{best}",
+        )
+
+    return update
+
+
+@contextmanager
+def stage_bar() -> Iterator[Any]:
+    """A live bar for work in named stages: call it with (stage, done, total)."""
+    with _bar("") as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield update
+
+
+def _bar(detail: str) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        *([TextColumn(detail)] if detail else []),
+        console=console,
+    )
+
+
+def best_table(best: Mapping[str, Any]) -> Table:
+    """The result of one run."""
+    table = Table(title="Best mask", show_header=False)
+    dense, cost = best["dense_cost"], best["cost"]
+    table.add_row("found by", str(best["origin"]))
+    table.add_row("dropped", dropped_text(best["dropped"]))
+    table.add_row("budget", str(best["budget_text"]))
+    table.add_row(
+        str(best["metric"]),
+        f"{cost:,} of {dense:,} ({100 * cost / dense:.1f} %), cap {best['cap']:,}",
+    )
+    table.add_row("loss on search data", plus_minus(best["loss"], best["stderr"]))
+    table.add_row("loss on fresh data", plus_minus(best["finals_loss"], best["finals_stderr"]))
+    table.add_row("cost", f"{best['cost_tokens']:,.0f} tokens, {best['evaluations']} masks")
+    return table
+
+
+def compare_table(result: Mapping[str, Any]) -> Table:
+    """The arms of a comparison with their intervals, best first."""
+    table = Table(title=f"Held-out figures, {result['budget_text']}")
+    for title in ("arm", "held-out KL", "95 % interval", "cross-entropy", "search loss"):
+        table.add_column(title, justify="left" if title == "arm" else "right")
+    for title in ("cost, tokens", "masks", "time", "seeds"):
+        table.add_column(title, justify="right")
+    dense = result["dense"]
+    table.add_row("dense model", "0", "", f"{dense['heldout_ce']:.4f}", "", "", "", "", "")
+    for row in sorted(result["summary"], key=lambda r: float(r["heldout_kl_mean"])):
+        table.add_row(
+            row["arm"],
+            f"{row['heldout_kl_mean']:.4f}",
+            f"{row['heldout_kl_low']:.4f} – {row['heldout_kl_high']:.4f}",
+            f"{row['heldout_ce_mean']:.4f}",
+            f"{row['select_loss_mean']:.4f}",
+            f"{row['cost_tokens_mean']:,.0f}",
+            f"{row['evaluations_mean']:.0f}",
+            f"{row['seconds_mean']:.0f} s",
+            str(row["seeds"]),
+        )
+    return table
+
+
+def figures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Measured models side by side, with the ratio where there are two."""
+    table = Table(title="Measured in one run")
+    table.add_column("")
+    for row in rows:
+        table.add_column(str(row["name"]), justify="right")
+    if len(rows) == 2:
+        table.add_column("ratio", justify="right")
+    for phrase, key in MEASURES:
+        values = [row[key] for row in rows]
+        cells = [
+            "not measured" if v is None else f"{v:,.4g}" if v < 1000 else f"{v:,.0f}"
+            for v in values
+        ]
+        if len(rows) == 2:
+            first, second = values
+            cells.append(f"{second / first:.2f}" if first and second is not None else "")
+        table.add_row(phrase, *cells)
+    return table
+
+
+def dropped_text(names: Sequence[str]) -> str:
+    """Site names with both sublayers of a block folded into the block's name."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        block, _, kind = name.rpartition(".")
+        blocks.setdefault(block, []).append(kind)
+    return ", ".join(
+        block if len(kinds) > 1 else f"{block}.{kinds[0]}" for block, kinds in blocks.items()
+    )
+
+
+def plus_minus(value: float | None, error: float | None) -> str:
+    """A figure with its standard error."""
+    if value is None:
+        return "none"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+@contextmanager
+def arm_bars() -> Iterator[OnArm]:
+    """One live bar for each run of a comparison, one below the other."""
+    with _bar("{task.fields[detail]}") as bar:
+
+        def start(arm: str, seed: int, done: int, runs: int) -> OnProgress:
+            title = f"[{done + 1}/{runs}] {arm}, seed {seed}"
+            task = bar.add_task(title, total=1.0, detail="")
+            return _updater(bar, task, title)
+
+        yield start
+
+
+def inspection_tables(found: Mapping[str, Any]) -> list[Table | str]:
+    """A model's figures, and its sites with equal neighbours folded."""
+    totals = Table(title=f"{found['model_class']} · {found['blocks']} blocks · {found['dtype']}")
+    for title in ("", "model", "in blocks", "outside blocks"):
+        totals.add_column(title, justify="right" if title else "left")
+    for metric, figures in found["totals"].items():
+        totals.add_row(
+            _UNITS[metric].format(context=found["context_tokens"]),
+            *(f"{figures[part]:,}" for part in ("model", "blocks", "outside_blocks")),
+        )
+    sites = Table(title="Sites")
+    for title in ("site", "parameters", "bytes", "FLOPs/token", "KV bytes/token"):
+        sites.add_column(title, justify="left" if title == "site" else "right")
+    for group in _folded(found["sites"]):
+        first, last = group[0]["name"], group[-1]["name"]
+        name = first if first == last else f"{first} … {last}"
+        cells = (f"{group[0][metric]:,}" for metric in found["totals"])
+        sites.add_row(name, *cells)
+    check = found["self_check"]
+    replay = {
+        "site": "masked models are replayed sublayer by sublayer, bit for bit",
+        "block": "masked models are replayed block by block, bit for bit",
+        "whole": "replay is not exact here: masked models run whole, without sharing",
+    }[check["mode"]]
+    packable = (
+        "sublayer masks can be re-paired into ordinary blocks (packable: true)"
+        if found["packable"]
+        else "parallel blocks: only whole blocks can be exported natively"
+    )
+    return [totals, sites, f"Self-check passed: {replay}; {packable}."]
+
+
+_UNITS = {
+    "params": "parameters",
+    "bytes": "bytes",
+    "flops": "FLOPs/token at {context} tokens",
+    "kv_bytes": "KV bytes/token at {context} tokens",
+}
+
+
+def _folded(sites: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Sites of one kind and equal costs together, in order of their first."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for site in sites:
+        kind = site["name"].rpartition(".")[2]
+        groups.setdefault((kind, *(site[metric] for metric in _UNITS)), []).append(site)
+    return list(groups.values())

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from depthsearch.calibration import Documents, Splits, batches, make_splits
+from depthsearch.calibration.windows import opening_tokens
+from depthsearch.errors import DataError
+
+BOS, EOS = 2, 3
+
+
+def documents(lengths):
+    """Document i repeats the one word w<i>, so its tokens name it."""
+    return Documents.of([" ".join([f"w{i}"] * n) for i, n in enumerate(lengths)], "test")
+
+
+def words(windows):
+    return set(windows.flatten().tolist()) - {BOS, EOS}
+
+
+def split(docs, tokenizer, seed=0, window=8, select=64, finals=32, heldout=32, fraction=0.3):
+    return make_splits(docs, tokenizer, window, select, finals, heldout, fraction, seed)
+
+
+lengths = st.lists(st.integers(4, 40), min_size=60, max_size=120)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=lengths, seed=st.integers(0, 2**32 - 1), adds_bos=st.booleans())
+def test_splits_share_no_document(make_tokenizer, lengths, seed, adds_bos):
+    splits = split(documents(lengths), make_tokenizer(adds_bos), seed)
+    select, finals, heldout = words(splits.select), words(splits.finals), words(splits.heldout)
+    assert not select & finals
+    assert not select & heldout
+    assert not finals & heldout
+    assert splits.select.shape == (8, 8)
+    assert splits.finals.shape == splits.heldout.shape == (4, 8)
+    assert splits.select.dtype == torch.int64
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=lengths, seed=st.integers(0, 1000))
+def test_held_out_windows_depend_on_no_seed(make_tokenizer, lengths, seed):
+    tokenizer = make_tokenizer()
+    first, again, other = (split(documents(lengths), tokenizer, s) for s in (seed, seed, seed + 1))
+    assert torch.equal(first.select, again.select)
+    assert torch.equal(first.finals, again.finals)
+    assert first.fingerprint == again.fingerprint
+    assert torch.equal(first.heldout, other.heldout)
+
+
+def test_held_out_documents_stay_unused_however_much_is_asked_elsewhere(make_tokenizer):
+    docs = documents([10] * 100)
+    tokenizer = make_tokenizer()
+    small = split(docs, tokenizer, seed=1, heldout=320)
+    large = split(docs, tokenizer, seed=2, select=600, finals=100, heldout=320)
+    assert torch.equal(small.heldout, large.heldout)
+    assert not words(large.heldout) & (words(large.select) | words(large.finals))
+
+
+def test_seeds_draw_different_documents(make_tokenizer):
+    docs = documents([10] * 100)
+    one, two = (split(docs, make_tokenizer(), seed) for seed in (1, 2))
+    assert words(one.select) != words(two.select)
+    assert one.fingerprint != two.fingerprint
+
+
+def test_documents_are_joined_by_the_end_token_and_cut_in_order(make_tokenizer):
+    splits = split(documents([5] * 30), make_tokenizer(), window=6)
+    for window in torch.cat([splits.select, splits.finals, splits.heldout]).tolist():
+        assert window[5] == EOS
+        assert window[:5] == [window[0]] * 5
+
+
+def test_a_tokenizer_without_end_token_joins_directly(make_tokenizer):
+    splits = split(documents([8] * 40), make_tokenizer(has_eos=False))
+    assert all(len(set(window)) == 1 for window in splits.select.tolist())
+
+
+def test_every_window_opens_with_what_the_tokenizer_puts_first(make_tokenizer):
+    assert opening_tokens(make_tokenizer(adds_bos=True)) == (BOS,)
+    assert opening_tokens(make_tokenizer()) == ()
+    splits = split(documents([10] * 60), make_tokenizer(adds_bos=True))
+    for windows in (splits.select, splits.finals, splits.heldout):
+        assert (windows[:, 0] == BOS).all()
+        assert (windows[:, 1:] != BOS).all()
+
+
+def test_repeated_texts_count_once(make_tokenizer):
+    texts = documents([10] * 60).texts
+    tokenizer = make_tokenizer()
+    plain = split(Documents.of(texts, "x"), tokenizer)
+    repeated = split(Documents.of([*texts, *texts[::-1]], "x"), tokenizer)
+    assert plain.fingerprint == repeated.fingerprint
+
+
+def test_an_empty_split_is_allowed(make_tokenizer):
+    splits = split(documents([10] * 60), make_tokenizer(), finals=0)
+    assert splits.finals.shape == (0, 8)
+    assert batches(splits.finals, 64) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"window": 1}, "window_tokens is 1"),
+        ({"select": 7}, "select_tokens is 7"),
+        ({"finals": -1}, "finals_tokens is -1"),
+        ({"fraction": 1.0}, "heldout_fraction is 1.0"),
+        ({"select": 8000}, "select split needs 8,000 tokens, but its 42 documents hold 456"),
+        ({"heldout": 8000}, "raise heldout_fraction"),
+        ({"select": 448}, "lower finals_tokens"),
+    ],
+)
+def test_impossible_wishes_name_the_figures(make_tokenizer, change, says):
+    with pytest.raises(DataError) as caught:
+        split(documents([10] * 60), make_tokenizer(), **change)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_documents(make_tokenizer):
+    with pytest.raises(DataError, match="2 different documents"):
+        split(Documents.of(["w1 w2", "w3", "w3"], "x"), make_tokenizer())
+
+
+def test_tokenizer_warnings_stay_silent(make_tokenizer, capfd):
+    splits = split(documents([30] * 60), make_tokenizer())
+    assert isinstance(splits, Splits)
+    assert capfd.readouterr().err == ""
+
+
+@given(count=st.integers(1, 20), window=st.integers(2, 9), batch_tokens=st.integers(1, 100))
+def test_batches_keep_order_and_size(count, window, batch_tokens):
+    windows = torch.arange(count * window).reshape(count, window)
+    grouped = batches(windows, batch_tokens)
+    assert torch.equal(torch.cat(grouped), windows)
+    sizes = [len(batch) for batch in grouped]
+    assert set(sizes[:-1]) <= {max(1, batch_tokens // window)}
+    assert 0 < sizes[-1] <= max(1, batch_tokens // window)
+
+
+def test_batches_need_room():
+    with pytest.raises(DataError, match="batch_tokens is 0"):
+        batches(torch.zeros(1, 2), 0)

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from depthsearch.config import RunConfig, config_from_mapping, load_config, resolved_yaml
+from depthsearch.errors import ConfigError
+
+MINIMAL = """
+model: {path: some/model}
+space:
+  budget: {keep_params: 0.75, of: blocks}
+calibration: {text: notes}
+"""
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def _write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return _write
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults(write: Write) -> None:
+    config = load_config(write(MINIMAL))
+    assert config.model.dtype == "auto"
+    assert config.space.granularity == "sublayer"
+    assert config.space.budget.to_budget_json() == {
+        "metric": "params",
+        "ratio": 0.75,
+        "cap": None,
+        "drop": None,
+        "of": "blocks",
+    }
+    assert config.calibration.select_tokens == 8192
+    assert config.objective.kind == "kl"
+    assert config.search.method == "evolution"
+    assert config.compare is None
+
+
+def test_resolved_yaml_reads_back_to_an_equal_configuration(write: Write, tmp_path: Path) -> None:
+    text = MINIMAL + (
+        "search: {cost_tokens: 1e6, options: {parents: 4, rate: 1e-5}}\n"
+        "compare: {arms: {a: {}, greedy: {method: greedy}}, seeds: [3, 4], cost_tokens: greedy}\n"
+    )
+    config = load_config(write(text), ["space.protect=[first, 3, decoder.12.attention]"])
+    again = tmp_path / "elsewhere.yaml"
+    again.write_text(resolved_yaml(config), encoding="utf-8")
+    assert load_config(again) == config
+    assert config_from_mapping(config.to_json()) == config
+
+
+def test_frozen(write: Write) -> None:
+    config = load_config(write(MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        config.search.seed = 4  # type: ignore[misc]
+
+
+def test_numbers_with_an_exponent_need_no_dot(write: Write) -> None:
+    config = load_config(write(MINIMAL + "search: {cost_tokens: 2e5, max_evaluations: 1e3}"))
+    assert config.search.cost_tokens == 200_000.0
+    assert config.search.max_evaluations == 1000
+    assert isinstance(config.search.max_evaluations, int)
+
+
+def test_overrides_are_yaml_and_apply_in_order(write: Write) -> None:
+    config = load_config(
+        write(MINIMAL),
+        [
+            "search.seed=3",
+            "search.seed=5",
+            "search.options.population=16",
+            "objective.kind=cross_entropy",
+            "space.budget={drop_sites: 4}",
+        ],
+    )
+    assert config.search.seed == 5
+    assert config.search.options == {"population": 16}
+    assert config.objective.kind == "cross_entropy"
+    assert config.space.budget.to_budget_json()["drop"] == 4
+
+
+def test_mapping_handed_in_stays_as_it_was() -> None:
+    mapping = yaml.safe_load(MINIMAL)
+    config_from_mapping(mapping, overrides=["space.budget.keep_params=0.5"])
+    assert mapping == yaml.safe_load(MINIMAL)
+
+
+def test_space_from_a_file_beside_the_run_file(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "spaces").mkdir()
+    (tmp_path / "spaces" / "mine.yaml").write_text("granularity: block\nbudget: {drop_blocks: 7}\n")
+    path = write("model: {path: m}\nspace: spaces/mine.yaml\ncalibration: {text: t}\n")
+    assert load_config(path).space.budget.drop_blocks == 7
+    assert load_config(path, ["space.budget.drop_blocks=2"]).space.budget.drop_blocks == 2
+    (tmp_path / "spaces" / "mine.yaml").write_text("granularity: blocks\nbudget: {drop_blocks: 7}")
+    message = error_of(path)
+    assert message.startswith(str(tmp_path / "spaces" / "mine.yaml"))
+    assert "did you mean 'block'?" in message
+    assert "space: no such file: spaces/other.yaml" in error_of(path, "space=spaces/other.yaml")
+
+
+def test_what_exists_beside_the_run_file_becomes_absolute(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    config = load_config(write(MINIMAL))
+    assert config.calibration.text == str(tmp_path / "notes")
+    assert config.model.path == "some/model"
+
+
+def test_paths_are_looked_for_in_the_working_directory_too(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    (here / "some" / "model").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert load_config(write(MINIMAL)).model.path == str(here / "some" / "model")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("serch.seed=1", ["unknown key 'serch'", "did you mean 'search'?", "calibration"]),
+        ("search.sede=1", ["unknown key 'search.sede'", "did you mean 'seed'?", "max_evaluations"]),
+        ("model.path=", ["model.path", "None", "string"]),
+        ("model.dtype=float61", ["model.dtype is 'float61'", "did you mean 'float16'?"]),
+        ("model.device=gpu", ["model.device is 'gpu'", "cuda:1"]),
+        ("model.trust_remote_code=1", ["model.trust_remote_code is 1", "true or false"]),
+        ("model=gpt2", ["model is 'gpt2'", "mapping with the keys path, dtype"]),
+        ("space.packable='yes'", ["space.packable is 'yes'"]),
+        ("space.protect=[first, -1]", ["space.protect", "-1", "decoder.12.attention"]),
+        ("space.protect=[true]", ["space.protect", "True"]),
+        ("space.protect=first", ["space.protect is 'first'", "must be a list"]),
+        ("space.budget.keep_params=1.5", ["space.budget.keep_params is 1.5", "(0, 1]", "'100M'"]),
+        ("space.budget.keep_params=true", ["space.budget.keep_params is True"]),
+        ("space.budget.keep_params=100MB", ["'100MB'", "K, M or B"]),
+        ("space.budget.drop_sites=4", ["exactly one of", "space.budget={drop_sites: 4}"]),
+        ("space.budget={}", ["exactly one of"]),
+        ("space.budget={drop_blocks: 0}", ["space.budget.drop_blocks is 0", "greater than"]),
+        ("space.budget={keep_latency: 1}", ["unknown key 'space.budget.keep_latency'"]),
+        ("calibration.select_tokens=100", ["select_tokens is 100", "window_tokens = 256"]),
+        ("calibration.heldout_fraction=1", ["calibration.heldout_fraction is 1", "less than 1"]),
+        ("objective.positions=0", ["objective.positions is 0", "greater than 0"]),
+        ("search.cost_tokens=.inf", ["search.cost_tokens is inf", "finite"]),
+        ("search.seed=1.5", ["search.seed is 1.5", "a whole number"]),
+        ("search.seed.deep=1", ["search.seed", "no mapping"]),
+        ("compare.arms={}", ["compare.arms", "at least 1"]),
+        ("compare.arms.a.method.x=1", ["compare.arms.a.method is {'x': 1}"]),
+        ("compare={arms: {a: {metod: x}}}", ["compare.arms.a.metod", "did you mean 'method'?"]),
+        ("compare={arms: {a: {}}, seeds: [1, 1]}", ["compare.seeds", "each seed may appear once"]),
+        ("compare={arms: {a: {}}, cost_tokens: b}", ["compare.cost_tokens is 'b'", "arm: a"]),
+        ("compare={arms: {a: {seed: 7}}}", ["compare.arms.a.seed is 7", "compare.seeds"]),
+        ("search", ["--set search", "key=value"]),
+        ("search.=3", ["key=value"]),
+        ("search.seed=[", ["--set search.seed=[", "not valid YAML"]),
+    ],
+)
+def test_one_line_names_key_value_and_what_is_allowed(
+    write: Write, override: str, expected: list[str]
+) -> None:
+    path = write(MINIMAL + "search: {seed: 0}\n")
+    message = error_of(path, override)
+    for part in expected:
+        assert part in message, message
+
+
+def test_the_origin_of_the_wrong_value_is_named(write: Write) -> None:
+    path = write(MINIMAL + "search: {seed: -1}\n")
+    assert error_of(path).startswith(f"{path}: search.seed is -1")
+    path = write(MINIMAL)
+    assert error_of(path, "search.seed=-1").startswith("--set search.seed=-1: search.seed is -1")
+    assert error_of(path, "serch.seed=1").startswith("--set serch.seed=1: unknown key 'serch'")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "holds None; expected a mapping"),
+        ("- a\n- b\n", "expected a mapping"),
+        ("model: {path: [\n", "line 2"),
+        ("model: {path: a}\nmodel: {path: b}\n", "line 2, column 1: not valid YAML: key 'model'"),
+        ("{1: 2}\n", "unknown key"),
+        ("model: {path: m}\ncalibration: {text: t}\n", "'space' is missing: the search space"),
+        ("space: {budget: {drop_sites: 1}}\ncalibration: {text: t}\nmodel: {}", "'model.path' is"),
+    ],
+)
+def test_files_that_are_no_run_file(write: Write, text: str, expected: str) -> None:
+    path = write(text)
+    message = error_of(path)
+    assert message.startswith(str(path))
+    assert expected in message
+
+
+def test_files_that_cant_be_read(tmp_path: Path) -> None:
+    assert error_of(tmp_path / "none.yaml") == f"{tmp_path / 'none.yaml'}: no such file"
+    assert "can't be read" in error_of(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in error_of(tmp_path / "binary")
+
+
+def test_arms_take_what_they_leave_out_from_search(write: Write) -> None:
+    text = MINIMAL + (
+        "search: {method: evolution, finalists: 4, options: {parents: 3, offspring: 16}}\n"
+        "compare:\n"
+        "  arms: {same: {options: {parents: 5}}, greedy: {method: greedy, racing: false}}\n"
+        "  cost_tokens: 1e6\n"
+    )
+    compare = load_config(write(text)).compare
+    assert compare is not None
+    assert compare.arms["same"].options == {"parents": 5, "offspring": 16}
+    assert compare.arms["greedy"].options == {}
+    assert compare.arms["greedy"].finalists == 4
+    assert not compare.arms["greedy"].racing
+    assert compare.seeds == (0, 1, 2)
+    assert compare.cost_tokens == 1e6
+
+
+def test_every_key_of_the_schema_explains_itself() -> None:
+    schema = RunConfig.model_json_schema()
+    for name, section in {**schema["$defs"], "RunConfig": schema}.items():
+        for key, field in section["properties"].items():
+            assert field.get("description"), f"{name}.{key}"

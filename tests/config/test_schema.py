@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from depthsearch.config import BudgetConfig, config_from_mapping
+from depthsearch.config.schema import parse_amount
+from depthsearch.space import Budget
+
+SPACES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "metric", "amount"),
+    [
+        ("100M", "params", 100_000_000),
+        ("1.5b", "params", 1_500_000_000),
+        ("250 k", "params", 250_000),
+        ("180MB", "bytes", 180_000_000),
+        ("200MiB", "bytes", 200 * 1024**2),
+        ("1GiB", "bytes", 1024**3),
+        ("512B", "kv_bytes", 512),
+        ("12kB", "kv_bytes", 12_000),
+        ("3.5GFLOP", "flops", 3_500_000_000),
+        ("2e2 MFLOPs", "flops", 200_000_000),
+    ],
+)
+def test_caps_with_units(text: str, metric: str, amount: int) -> None:
+    assert parse_amount(text, metric) == amount
+
+
+@pytest.mark.parametrize(
+    ("text", "metric"),
+    [
+        ("100", "params"),
+        ("100MB", "params"),
+        ("180M", "bytes"),
+        ("3GB", "flops"),
+        ("-1M", "params"),
+        ("M", "params"),
+        ("", "bytes"),
+        ("0.1B", "bytes"),
+        ("1 2 MB", "bytes"),
+    ],
+)
+def test_caps_that_mean_nothing(text: str, metric: str) -> None:
+    with pytest.raises(ValueError, match="a cap is"):
+        parse_amount(text, metric)
+
+
+@pytest.mark.parametrize(
+    ("config", "budget"),
+    [
+        (BudgetConfig(keep_params=0.75, of="blocks"), Budget("params", ratio=0.75, of="blocks")),
+        (BudgetConfig(keep_params=1), Budget("params", ratio=1.0)),
+        (BudgetConfig(keep_bytes="180MB"), Budget("bytes", cap=180_000_000)),
+        (BudgetConfig(keep_flops="0.2GFLOP"), Budget("flops", cap=200_000_000)),
+        (BudgetConfig(keep_kv_bytes=0.6), Budget("kv_bytes", ratio=0.6)),
+        (BudgetConfig(drop_sites=14), Budget("sites", drop=14)),
+        (BudgetConfig(drop_blocks=7), Budget("blocks", drop=7)),
+    ],
+)
+def test_every_budget_is_one_the_space_understands(config: BudgetConfig, budget: Budget) -> None:
+    assert Budget.from_json(config.to_budget_json()) == budget
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_every_shipped_search_space_loads(path: Path) -> None:
+    config = config_from_mapping(
+        {"model": {"path": "m"}, "space": str(path), "calibration": {"text": "t"}}
+    )
+    Budget.from_json(config.space.budget.to_budget_json())
+
+
+def test_the_shipped_search_spaces_are_the_four_documented() -> None:
+    assert [path.stem for path in SPACES] == ["attention-only", "blocks", "packable", "sublayers"]

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from depthsearch.export import CardData, Figure, export
+from depthsearch.export.card import base_name, dropped_text
+from depthsearch.space import Budget
+from tiny_models import keeping, save_tiny, tiny_loaded
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    assert text.startswith("---\n")
+    data = yaml.safe_load(text.split("---\n")[1])
+    assert isinstance(data, dict)
+    return data
+
+
+def card_text(tmp_path: Path, card: CardData | None = None, source: str = "owner/base") -> str:
+    loaded, anatomy = tiny_loaded("llama")
+    out = tmp_path / "small"
+    export(replace(loaded, source=source), anatomy, keeping("11 10 01 11"), out, card, check=False)
+    return (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_full_card_holds_what_a_reader_needs(tmp_path: Path) -> None:
+    card = CardData(
+        origin="evolution shift",
+        budget=Budget("params", ratio=0.75, of="blocks"),
+        signature={"version": "0.1.0", "seed": 7},
+        figures=(Figure("perplexity", 15.28, 21.0), Figure("parameters", 134515008, None)),
+        calibration="encyclopaedia introductions, 16,384 tokens",
+        command="depthsearch search run.yaml --out run",
+        config="model: owner/base\n",
+    )
+
+    text = card_text(tmp_path, card)
+
+    assert front_matter(text) == {
+        "base_model": "owner/base",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["depthsearch", "depth-pruning", "pruned"],
+    }
+    for piece in (
+        "[owner/base](https://huggingface.co/owner/base) without 2 of its 8",
+        "3 blocks instead of 4",
+        "- `decoder.1.ffn` to `decoder.2.attention` (2 sublayers)",
+        "- block 1: attention of block 1, FFN of block 2",
+        "| perplexity | 15.28 | 21 |",
+        "| parameters | 134,515,008 | not measured |",
+        "Budget: params at most 75 % of the dense model's blocks",
+        "Found by: evolution shift",
+        '"seed": 7',
+        "depthsearch search run.yaml --out run",
+        "model: owner/base",
+        "`11100111`",
+        "chosen on encyclopaedia introductions",
+        "not trained after pruning",
+    ):
+        assert piece in text, piece
+
+
+def test_a_card_without_a_run_leaves_the_unknown_out(tmp_path: Path) -> None:
+    text = card_text(tmp_path)
+
+    assert "## Figures" not in text
+    assert "Budget" not in text
+    assert "Signature" not in text
+    assert "None" not in text
+
+
+def test_licence_and_language_come_from_the_base_model(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "the-base", "llama")
+    (base / "README.md").write_text(
+        "---\nlicense: gemma\nlicense_link: x.org/l\nlanguage: [en]\nwidget: 1\n---\n# Base\n",
+        encoding="utf-8",
+    )
+    (base / "LICENSE").write_text("the terms", encoding="utf-8")
+
+    data = front_matter(card_text(tmp_path, source=str(base)))
+
+    assert data["license"] == "gemma"
+    assert data["license_link"] == "x.org/l"
+    assert data["language"] == ["en"]
+    assert data["base_model"] == "the-base"
+    assert "widget" not in data
+    assert (tmp_path / "small" / "LICENSE").read_text(encoding="utf-8") == "the terms"
+
+
+@pytest.mark.parametrize("readme", ["# no metadata\n", "---\n: [\n---\n", "---\n- a list\n---\n"])
+def test_a_base_card_without_metadata_is_no_error(readme: str, tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "llama")
+    (base / "README.md").write_text(readme, encoding="utf-8")
+
+    assert "license" not in front_matter(card_text(tmp_path, source=str(base)))
+
+
+def test_no_path_of_this_machine_is_written_into_an_export(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "llama")
+    card_text(tmp_path, source=str(base))
+
+    for file in (tmp_path / "small").iterdir():
+        if file.suffix in (".json", ".md", ".jinja"):
+            assert str(tmp_path) not in file.read_text(encoding="utf-8"), file.name
+
+
+def test_the_code_of_the_card_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = re.findall(r"```python\n(.*?)```", card_text(tmp_path), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+
+    exec(code[0], {})
+
+    assert len(code) == 1
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+def test_runs_are_named_as_people_would() -> None:
+    sites = tiny_loaded("llama", 6)[1].sites
+
+    def text(pattern: str) -> tuple[str, ...]:
+        return dropped_text(sites, keeping(pattern))
+
+    assert text("11 00 00 11 11 11") == ("decoder blocks 1 to 2 (2 blocks)",)
+    assert text("11 00 11 11 10 01") == (
+        "decoder block 1",
+        "`decoder.4.ffn` to `decoder.5.attention` (2 sublayers)",
+    )
+    assert text("11 10 11 11 11 11") == ("`decoder.1.ffn`",)
+    assert text("11 11 11 11 11 11") == ()
+
+
+def test_a_local_base_is_named_without_its_path() -> None:
+    loaded = tiny_loaded("llama", 2)[0]
+
+    assert base_name(loaded) == "owner/tiny-llama"
+    assert base_name(replace(loaded, source="/data/models/my-model")) == "my-model"
+    assert base_name(replace(loaded, source="my-model.Q4_1.gguf")) == "my-model.Q4_1.gguf"
