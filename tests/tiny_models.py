@@ -58,14 +58,15 @@ def tiny_model(
     config = tiny_config(model_type, blocks, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        # Converting afterwards would round the rotary frequencies, which loading never does.
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
                 else:
                     parameter.mul_(3)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def tiny_ids(rows: int = 2, tokens: int = 24, seed: int = 0) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,8 @@ import typer
 from depthsearch import __version__
 from depthsearch.errors import DepthsearchError, StorageError
 from depthsearch.sources import is_disk_full, quiet
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="depthsearch",
@@ -192,8 +193,11 @@ def main() -> None:
             app(standalone_mode=True)
     except DepthsearchError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; continue a search with `depthsearch resume RUN`", 130)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Inside a command typer turns Ctrl-C into an exit without a word.
+        if isinstance(error, SystemExit) and error.code != _INTERRUPTED:
+            raise
+        _fail("interrupted; continue a search with `depthsearch resume RUN`", _INTERRUPTED)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -232,5 +236,4 @@ def _finished(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     main()

@@ -7,6 +7,7 @@ between a run and its repetition.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from depthsearch.errors import JournalError, StorageError
+from depthsearch.errors import DepthsearchError, JournalError, StorageError
 
 Record = dict[str, Any]
 
@@ -39,39 +40,58 @@ def without_times(records: list[Record]) -> str:
 class Journal:
     """An append-only journal held by one process; a context manager.
 
-    `records` are those found at opening. Raises JournalError if another process holds the file.
+    `records` are those found at opening. Raises JournalError if another process holds the file or
+    a line before the last is damaged, StorageError if it can't be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # A plain descriptor: a buffered file tries to write again what a full disk refused.
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         try:
-            self._file = path.open("ab+")
+            self._file = os.open(path, flags, 0o666)
         except OSError as error:
             raise StorageError(f"cannot open {path} for writing: {error.strerror}") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
+            self.records, whole = _parse(path, _read(path))
+            if whole < os.fstat(self._file).st_size:
+                os.ftruncate(self._file, whole)
+        except BlockingIOError as error:
+            self.close()
             raise JournalError(
                 f"{path} is in use by another process: wait for it, or stop it first"
             ) from error
-        self.records, whole = _parse(path, _read(path))
-        if whole < path.stat().st_size:
-            self._file.truncate(whole)
+        except OSError as error:
+            self.close()
+            raise StorageError(f"cannot lock or repair {path}: {error.strerror}") from error
+        except DepthsearchError:
+            self.close()
+            raise
 
     def append(self, record: Mapping[str, Any]) -> Record:
         """Write one record and wait until it is on disk; raises StorageError (disk full).
 
-        After a failed write the file ends with the last complete record.
+        After a failed write the file ends with the last complete record. Raises JournalError,
+        nothing written, for a record that JSON can't hold, such as a loss that is not finite.
         """
         stamped = {**record, "time": round(time.time(), 3)}
-        end = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(_line(stamped).encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            rest = memoryview(_line(stamped).encode())
+        except ValueError as error:
+            raise JournalError(
+                f"{self.path}: the '{record.get('op')}' record can't be written as JSON ({error}): "
+                "every figure in it must be finite"
+            ) from error
+        end = os.fstat(self._file).st_size
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
         except OSError as error:
-            self._abandon(end)
+            # Where even this fails, the next one to open the file cuts the torn line.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, end)
             raise StorageError(
                 f"cannot write {self.path}: {error.strerror}; free some space, then "
                 f"`depthsearch resume {self.path.parent}`"
@@ -79,15 +99,10 @@ class Journal:
         return stamped
 
     def close(self) -> None:
-        """Release the file."""
-        self._file.close()
-
-    def _abandon(self, end: int) -> None:
-        """Drop what is buffered and cut the file at `end`, so that no torn line stays."""
-        raw = self._file.detach()
-        os.ftruncate(raw.fileno(), end)
-        self._file = os.fdopen(os.dup(raw.fileno()), "ab+")
-        raw.close()
+        """Release the file; may be called twice."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def __enter__(self) -> Journal:
         return self
@@ -110,6 +125,8 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise JournalError(f"there is no journal at {path}") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _parse(path: Path, data: bytes) -> tuple[list[Record], int]:
@@ -119,14 +136,26 @@ def _parse(path: Path, data: bytes) -> tuple[list[Record], int]:
     lines = data.split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            record = json.loads(line)
+            record = _record(line)
         except ValueError as error:
-            if number == len(lines) - 1:
+            if number == len(lines) - 1 and not lines[-1]:
                 break
             raise JournalError(
-                f"{path}, line {number} is not JSON: the journal is damaged there; restore it "
+                f"{path}, line {number} is not a JSON object: the journal is damaged there; restore it "
                 "from a copy, or start a new run"
             ) from error
         records.append(record)
         whole += len(line) + 1
     return records, whole
+
+
+def _record(line: bytes) -> Record:
+    """One line parsed; raises ValueError unless it is a JSON object of finite numbers."""
+    record = json.loads(line.decode(), parse_constant=_refused)
+    if not isinstance(record, dict):
+        raise ValueError(f"{type(record).__name__} where an object is wanted")
+    return record
+
+
+def _refused(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.tiny_models import keeping, save_tiny, tiny_loaded
 
 from depthsearch.export import CardData, Figure, export
 from depthsearch.export.card import base_name, dropped_text
 from depthsearch.space import Budget
-from tiny_models import keeping, save_tiny, tiny_loaded
 
 
 def front_matter(text: str) -> dict[str, Any]:

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import keeping, save_tiny, tiny_ids, tiny_loaded, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from depthsearch.errors import ExportError, MaskError, StorageError
-from depthsearch.export import export
+from depthsearch.export import CardData, Figure, export
 from depthsearch.model.anatomy import describe
 from depthsearch.model.load import load_model
 from depthsearch.model.switches import masked
-from tiny_models import keeping, save_tiny, tiny_ids, tiny_loaded, tiny_tokenizer
 
 PACKABLE = "11 10 01 11"
 
@@ -68,6 +68,7 @@ def test_the_result_and_the_manifest_say_what_was_written(tmp_path: Path) -> Non
         "README.md", "config.json", "depthsearch.json", "generation_config.json",
         "model.safetensors", "tokenizer.json", "chat_template.jinja",
     } <= set(result.files)  # fmt: skip
+    assert len({(result.path / name).stat().st_mode for name in result.files}) == 1
     assert result.disk_bytes == sum(f.stat().st_size for f in result.path.iterdir())
 
 
@@ -180,9 +181,9 @@ def test_an_export_that_fails_its_check_is_set_aside(tmp_path: Path) -> None:
     loaded, anatomy = tiny_loaded("llama")
     for block in loaded.model.model.layers:
         block.__class__ = ShiftedLayer
-    for _ in range(2):
-        with pytest.raises(ExportError, match="does not equal the masked model") as caught:
-            export(loaded, anatomy, keeping("11 00 11 11"), tmp_path / "small")
+
+    with pytest.raises(ExportError, match="does not equal the masked model") as caught:
+        export(loaded, anatomy, keeping("11 00 11 11"), tmp_path / "small")
 
     assert "largest difference" in str(caught.value)
     assert str(tmp_path / "small.failed") in str(caught.value)
@@ -231,3 +232,22 @@ def test_a_refused_write_is_one_storage_error_and_leaves_nothing(tmp_path: Path)
     assert str(tmp_path / "small") in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_measured_on_the_checked_checkpoint_reach_its_card(tmp_path: Path) -> None:
+    loaded, anatomy = tiny_loaded("llama")
+    seen: list[Path] = []
+
+    def measure(directory: Path) -> tuple[Figure, ...]:
+        seen.append(directory)
+        assert (directory / "model.safetensors").is_file()
+        return (Figure("perplexity", 10.0, 12.5),)
+
+    result = export(
+        loaded, anatomy, keeping(PACKABLE), tmp_path / "small",
+        CardData(figures=(Figure("loss", 0.0, 1.5),)), check=False, measure=measure,
+    )  # fmt: skip
+
+    assert len(seen) == 1
+    text = (result.path / "README.md").read_text(encoding="utf-8")
+    assert "| loss | 0 | 1.5 |\n| perplexity | 10 | 12.5 |" in text

@@ -5,11 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from depthsearch.errors import ExportError, MaskError
-from depthsearch.export import NativePlan, plan_native, truncated_config, truncated_state
-from depthsearch.model.anatomy import Anatomy, describe
-from tiny_models import (
+from tests.tiny_models import (
     MODEL_TYPES,
     PARALLEL_TYPES,
     SEQUENTIAL_TYPES,
@@ -17,6 +13,10 @@ from tiny_models import (
     tiny_config,
     tiny_model,
 )
+
+from depthsearch.errors import ExportError, MaskError
+from depthsearch.export import NativePlan, plan_native, truncated_config, truncated_state
+from depthsearch.model.anatomy import Anatomy, describe
 
 
 def anatomy(model_type: str = "llama", blocks: int = 4) -> Anatomy:
@@ -104,7 +104,7 @@ def test_every_list_with_an_entry_a_block_is_cut_and_others_are_not() -> None:
         mlp_layer_types=["dense", "sparse", "dense", "sparse"],
         intermediate_sizes=[10, 20, 30, 40],
         eos_token_id=[1, 2, 3, 4],
-        suppress_tokens=[5, 6, 7, 8],
+        stop_token_ids=[5, 6, 7, 8],
         long_factors=[1.0, 2.0],
     )
 
@@ -115,7 +115,7 @@ def test_every_list_with_an_entry_a_block_is_cut_and_others_are_not() -> None:
     assert small.mlp_layer_types == ["sparse", "sparse"]
     assert small.intermediate_sizes == [20, 40]
     assert small.eos_token_id == [1, 2, 3, 4]
-    assert small.suppress_tokens == [5, 6, 7, 8]
+    assert small.stop_token_ids == [5, 6, 7, 8]
     assert small.long_factors == [1.0, 2.0]
 
 

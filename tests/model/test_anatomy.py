@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from tests.tiny_models import MODEL_TYPES, PARALLEL_TYPES, tiny_config, tiny_model
 from transformers import (
     AutoModel,
     GPTNeoXConfig,
@@ -14,7 +15,6 @@ from transformers import (
 from depthsearch.errors import UnsupportedModelError
 from depthsearch.model.anatomy import describe
 from depthsearch.model.families import FAMILIES
-from tiny_models import MODEL_TYPES, PARALLEL_TYPES, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny_models import MODEL_TYPES, SEQUENTIAL_TYPES, keeping, tiny_ids, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthsearch.errors import ModelError
 from depthsearch.model.anatomy import describe
 from depthsearch.model.costs import cost_table, head_flops
 from depthsearch.space import Mask
-from tiny_models import MODEL_TYPES, SEQUENTIAL_TYPES, keeping, tiny_ids, tiny_model
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

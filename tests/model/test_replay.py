@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.tiny_models import MODEL_TYPES, PARALLEL_TYPES, SEQUENTIAL_TYPES, tiny_ids, tiny_model
 
 from depthsearch.errors import UnsupportedModelError
 from depthsearch.model.anatomy import describe
@@ -10,7 +11,6 @@ from depthsearch.model.replay import Mode, Replayer
 from depthsearch.model.selfcheck import replay
 from depthsearch.model.switches import masked
 from depthsearch.space import Mask
-from tiny_models import MODEL_TYPES, PARALLEL_TYPES, SEQUENTIAL_TYPES, tiny_ids, tiny_model
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 

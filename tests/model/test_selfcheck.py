@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import MODEL_TYPES, PARALLEL_TYPES, tiny_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from depthsearch.errors import UnsupportedModelError
@@ -12,7 +13,6 @@ from depthsearch.model.anatomy import describe
 from depthsearch.model.families import FAMILIES
 from depthsearch.model.replay import Mode
 from depthsearch.model.selfcheck import self_check
-from tiny_models import MODEL_TYPES, PARALLEL_TYPES, tiny_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

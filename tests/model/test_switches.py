@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import MODEL_TYPES, keeping, tiny_ids, tiny_model
 from torch import Tensor
 
 from depthsearch.errors import MaskError
 from depthsearch.model.anatomy import Anatomy, describe
 from depthsearch.model.switches import block_view, masked, replaced_blocks, through_view
 from depthsearch.space import Mask
-from tiny_models import MODEL_TYPES, keeping, tiny_ids, tiny_model
 
 
 def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:

@@ -100,6 +100,12 @@ def test_what_is_no_run_is_refused(tmp_path: Path, write_run: WriteRun) -> None:
     with pytest.raises(RunDirectoryError, match=r"best\.json is damaged: delete it"):
         read_run(folder)
     (folder / "best.json").unlink()
+    (folder / "export.json").write_text("[]")
+    with pytest.raises(
+        RunDirectoryError, match=r"export\.json is damaged: .* export the run again"
+    ):
+        read_run(folder)
+    (folder / "export.json").unlink()
     (folder / "config.yaml").write_text("model: [")
     with pytest.raises(RunDirectoryError, match=r"config\.yaml is not valid YAML"):
         read_run(folder)

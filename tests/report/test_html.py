@@ -83,12 +83,15 @@ def demand_self_contained(text: str) -> Page:
     return page
 
 
-def test_the_report_of_a_finished_run(tmp_path: Path, write_run: WriteRun) -> None:
+def test_the_report_of_a_finished_run(
+    tmp_path: Path, write_run: WriteRun, comparison: dict[str, Any]
+) -> None:
     folder = write_run(tmp_path / "run", generations=6)
+    (folder / "export.json").write_text(json.dumps(comparison["export"] | {"path": "small <1>"}))
     path = write_report(folder)
     assert path == folder / "report.html"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best.json", "config.yaml", "journal.jsonl", "report.html",
+        "best.json", "config.yaml", "export.json", "journal.jsonl", "report.html",
     ]  # fmt: skip
     page = demand_self_contained(path.read_text(encoding="utf-8"))
     assert page.titles == [
@@ -97,13 +100,20 @@ def test_the_report_of_a_finished_run(tmp_path: Path, write_run: WriteRun) -> No
         "Does the result hold on fresh data?",
         "Which sublayers good masks drop",
         "The best mask",
+        "The exported model beside the dense one",
         "Best masks by search loss",
         "The search",
         "Signature",
     ]
     assert len(page.images) == 4
     assert "not finished" not in page.text
-    for part in ("75.0 % of its blocks", "decoder.12.ffn", "sha256:4f1c", "dtype: bfloat16"):
+    for part in (
+        "75.0 % of its blocks",
+        "decoder.12.ffn",
+        "sha256:4f1c",
+        "dtype: bfloat16",
+        "Exported to small <1>.",
+    ):
         assert part in page.text
     assert "best baseline (window" in page.text or "itself a baseline" in page.text
 

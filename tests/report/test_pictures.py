@@ -13,11 +13,11 @@ import matplotlib as mpl
 import pytest
 
 from depthsearch.report import comparison as arms_report
-from depthsearch.report import wording
+from depthsearch.report import tables, wording
 from depthsearch.report.data import read_run
 from depthsearch.report.drawing import CYCLE, canvas, picture, style_of
 from depthsearch.report.figures import Strip, cost_picture, mask_picture, running_best
-from depthsearch.space import Mask, SearchSpace
+from depthsearch.space import Mask, SearchSpace, Site
 
 WriteRun = Callable[..., Path]
 
@@ -86,9 +86,9 @@ def test_amounts_carry_their_unit(value: int, metric: str, text: str) -> None:
     [
         ((), "nothing"),
         (range(24, 38), "blocks 12–18"),
-        ((8, 9, 24), "block 4, 12.attention"),
-        (range(25, 39), "12.ffn–19.attention"),
-        ((59,), "29.ffn"),
+        ((8, 9, 24), "attention 4, 12; FFN 4"),
+        (range(25, 39), "attention 13–19; FFN 12–18"),
+        ((59,), "FFN 29"),
     ],
 )
 def test_masks_read_as_stretches(space: SearchSpace, dropped: range, text: str) -> None:
@@ -110,7 +110,7 @@ def test_words_for_losses_and_times() -> None:
 
 
 def test_exported_models_are_set_against_the_dense_one(comparison: dict[str, Any]) -> None:
-    table = arms_report.export_table(comparison)
+    table = tables.exported(comparison["export"])
     assert table is not None
     assert table.columns == ("", "dense", "pruned", "÷ dense")
     rows = {row[0]: row[1:] for row in table.rows}
@@ -129,3 +129,16 @@ def test_the_summary_is_ordered_by_held_out_loss(comparison: dict[str, Any]) -> 
 def test_templates_are_part_of_the_package() -> None:
     names = {entry.name for entry in (files("depthsearch.report") / "templates").iterdir()}
     assert names == {"page.html.j2", "macros.html.j2", "run.html.j2", "compare.html.j2"}
+
+
+def test_stretches_name_the_stack_where_there_are_several() -> None:
+    layout = [(stack, block) for stack in ("encoder", "decoder") for block in range(3)]
+    sites = tuple(
+        Site(2 * n + part, stack, block, kind)
+        for n, (stack, block) in enumerate(layout)
+        for part, kind in enumerate(("attention", "ffn"))
+    )
+    mask = Mask.dropping(12, [2, 3, 6, 10, 11])
+    assert (
+        wording.stretches(mask, sites) == "encoder block 1; decoder attention 0, 2; decoder FFN 2"
+    )

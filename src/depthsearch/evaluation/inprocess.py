@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from depthsearch.calibration.objectives import Objective
 from depthsearch.calibration.windows import batches
-from depthsearch.errors import DataError
+from depthsearch.errors import DataError, ModelError
 from depthsearch.evaluation.backend import UnitResult
 from depthsearch.evaluation.prefix import PrefixWalk, executed_sites, steps_of
 from depthsearch.model.anatomy import Anatomy
@@ -87,7 +87,9 @@ class InProcess:
         """Compute one unit; out of memory splits the set, down to a single quarantined mask."""
         try:
             return self._run(batch, masks)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             if len(masks) == 1:
                 return UnitResult(((),), (Status.OUT_OF_MEMORY,), 0.0)
         half = len(masks) // 2
@@ -195,6 +197,11 @@ class InProcess:
                 cosine += similar.sum(0)
                 angular += (similar.arccos() / math.pi).sum(0)
             tokens += stream.shape[0]
+        if not (cosine.isfinite().all() and angular.isfinite().all()):
+            raise ModelError(
+                "the hidden states of the dense model are not finite on the calibration text: load "
+                "it with another model.dtype, such as float32"
+            )
         # For the stream inside the blocks every attention runs twice.
         executed = sum(self._site_flops) + sum(self._site_flops[::2])
         cost = tokens * executed / self._dense_flops
@@ -204,6 +211,13 @@ class InProcess:
         if batch not in self._recordings:
             self._recordings[batch] = self._replayer.record(self._batches[batch])
         return self._recordings[batch]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; on the processor torch raises a plain RuntimeError for that."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error)
 
 
 def _draw_positions(sequences: int, window: int, count: int, seed: int, batch: int) -> Tensor:

@@ -194,7 +194,7 @@ def _making(mask: Mask, card: CardData, check: Verification | None) -> str:
 
 
 def _limits(card: CardData) -> str:
-    text = card.calibration or "its calibration text"
+    text = card.calibration or "a small calibration text"
     return (
         f"The sublayers were chosen on {text}: other languages, domains and tasks may have lost "
         "more, and long generation and reasoning suffer before perplexity shows it. The weights "

@@ -69,7 +69,7 @@ class Verification:
     @property
     def passed(self) -> bool:
         """Whether the export is what it should be."""
-        worst = max(self.max_difference, self.cached_max_difference)
+        worst = _largest(self.max_difference, self.cached_max_difference)
         if self.dtype == "float32":
             close = worst < FLOAT32_TOLERANCE
         else:
@@ -216,10 +216,15 @@ def _verification(dtype: str, found: dict[str, Any]) -> Verification:
     return Verification(
         dtype=dtype,
         max_difference=found["prefill"]["difference"],
-        cached_max_difference=max(found[name]["difference"] for name in ("cached", "padded")),
+        cached_max_difference=_largest(*(found[n]["difference"] for n in ("cached", "padded"))),
         argmax_agreement=sum(entry["agreeing"] for entry in passes) / positions,
         positions=positions,
         generation_equal=found["generation_equal"],
         tokenizer_equal=found["tokenizer_equal"],
         loading_problems=tuple(found["loading"]),
     )
+
+
+def _largest(*values: float) -> float:
+    """The largest value, or NaN where any is NaN, which Python's own `max` may hide."""
+    return float(np.max(values))

@@ -67,6 +67,10 @@ def write_model(
         settings.to_json_file(directory / "generation_config.json")
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(directory)
+    # safetensors makes its files readable by their owner only, which would break sharing the model.
+    mode = (directory / "config.json").stat().st_mode
+    for file in directory.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def copy_licences(loaded: LoadedModel, directory: Path) -> None:

@@ -15,16 +15,6 @@ from depthsearch.space import Mask, Site, parse_site_name
 
 _COLORS = (("#d55e00", "D"), ("#0072b2", "s"), ("#009e73", "^"), ("#aa3377", "o"), *CYCLE[1:])
 
-_EXPORT_ROWS = (
-    ("parameters", "Parameters", "params"),
-    ("disk_bytes", "Size on disk", "bytes"),
-    ("kv_bytes_per_token", "KV cache per token", "bytes"),
-    ("perplexity", "Held-out perplexity", ""),
-    ("prefill_tokens_per_s", "Prefill, tokens/s", ""),
-    ("decode_tokens_per_s", "Decode, tokens/s", ""),
-    ("peak_memory_bytes", "Peak memory", "bytes"),
-)
-
 
 def sites_from_names(names: Sequence[str]) -> tuple[Site, ...]:
     """Sites in execution order from their public names; raises MaskError."""
@@ -250,34 +240,6 @@ def runs_table(arms: Sequence[Mapping[str, Any]], sites: Sequence[Site]) -> Tabl
         ),
         tuple(rows),
     )
-
-
-def export_table(compare: Mapping[str, Any]) -> Table | None:
-    """The exported models beside the dense one, with ratios; None where nothing was exported."""
-    models = (compare.get("export") or {}).get("rows") or []
-    if not models:
-        return None
-    first, others = models[0], models[1:]
-    columns = ["", str(first["name"])]
-    for model in others:
-        columns += [str(model["name"]), f"÷ {first['name']}"]
-    rows = []
-    for key, title, metric in _EXPORT_ROWS:
-        if all(model.get(key) is None for model in models):
-            continue
-        cells = [title, _figure(first.get(key), metric)]
-        for model in others:
-            own, base = model.get(key), first.get(key)
-            cells.append(_figure(own, metric))
-            cells.append(f"{own / base:.2f}×" if own is not None and base else wording.NONE)
-        rows.append(tuple(cells))
-    return Table(tuple(columns), tuple(rows))
-
-
-def _figure(value: float | None, metric: str) -> str:
-    if value is None:
-        return wording.NONE
-    return wording.amount(value, metric) if metric else f"{value:.4g}"
 
 
 def _names(arms: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -73,6 +73,7 @@ class RunData:
     end_reason: str | None
     cost_tokens: float
     seconds: float
+    export: Mapping[str, Any] | None
 
     @cached_property
     def objective(self) -> str:
@@ -199,7 +200,8 @@ def _assemble(
             f"{run_dir / 'config.yaml'} is not valid YAML: restore it"
         ) from error
     times = [float(r["time"]) for r in records if "time" in r]
-    best = (end or {}).get("best") or finals.get("best") or _best_key(run_dir)
+    answer = _read_json(run_dir / "best.json", f"`depthsearch resume {run_dir}` writes it again")
+    best = (end or {}).get("best") or finals.get("best") or (answer or {}).get("mask")
     return RunData(
         name=run_dir.resolve().name,
         version=str(start.get("version", "unknown")),
@@ -216,6 +218,7 @@ def _assemble(
             (float(r["cost_tokens"]) for r in records if "cost_tokens" in r), default=0
         ),
         seconds=max(times) - min(times) if times else 0.0,
+        export=_read_json(run_dir / "export.json", "export the run again"),
     )
 
 
@@ -268,16 +271,16 @@ def _config_text(run_dir: Path, start: Mapping[str, Any]) -> str:
     return yaml.safe_dump(start.get("config") or {}, sort_keys=False, allow_unicode=True)
 
 
-def _best_key(run_dir: Path) -> str | None:
-    path = run_dir / "best.json"
+def _read_json(path: Path, remedy: str) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["mask"])
-    except (ValueError, KeyError) as error:
-        raise RunDirectoryError(
-            f"{path} is damaged: delete it, then `depthsearch resume {run_dir}` writes it again"
-        ) from error
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise RunDirectoryError(f"{path} is damaged: delete it, then {remedy}")
+    return data
 
 
 def _inside(data: Mapping[str, Any], *keys: str) -> object:

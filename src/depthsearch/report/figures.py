@@ -26,9 +26,7 @@ from depthsearch.report.drawing import (
     picture,
     style_of,
 )
-from depthsearch.space import Evaluation, Mask, Site, Status
-
-_KIND_LABELS = {"attention": "attention", "cross_attention": "cross-att.", "ffn": "FFN"}
+from depthsearch.space import KINDS, Evaluation, Mask, Site, Status
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def mask_picture(
     """
     columns = _columns(sites)
     shown = [s for s in sites if s.index not in fixed] or list(sites)
-    kinds = [k for k in _KIND_LABELS if any(site.kind == k for site in shown)]
+    kinds = [k for k in KINDS if any(site.kind == k for site in shown)]
     places = {
         site.index: (columns[site.stack, site.block], kinds.index(site.kind))
         for site in sites
@@ -93,7 +91,9 @@ def mask_picture(
                         weight="bold",
                     )
                     number.set_in_layout(False)
-            axis.set_yticks([n + 0.5 for n in range(len(kinds))], [_KIND_LABELS[k] for k in kinds])
+            axis.set_yticks(
+                [n + 0.5 for n in range(len(kinds))], [wording.KIND_NAMES[k] for k in kinds]
+            )
             axis.tick_params(length=0, labelsize=8)
             axis.set_title(strip.title, loc="left", fontsize=9.5, weight="bold", pad=4)
             axis.set_title(strip.detail, loc="right", fontsize=8.5, color="#3d454e", pad=4)
@@ -268,9 +268,7 @@ def dropped_picture(run: RunData) -> Picture:
     elite = run.elite()
     sites = run.space.sites
     columns = _columns(sites)
-    kinds = [
-        k for k in _KIND_LABELS if any(s.kind == k and s.index in run.space.free for s in sites)
-    ]
+    kinds = [k for k in KINDS if any(s.kind == k and s.index in run.space.free for s in sites)]
     with canvas(9.6, 1.15 * len(kinds) + 0.85) as figure:
         axes = figure.subplots(len(kinds), 1, squeeze=False, sharex=True)[:, 0]
         for axis, kind in zip(axes, kinds, strict=True):
@@ -287,7 +285,7 @@ def dropped_picture(run: RunData) -> Picture:
             axis.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
             axis.grid(False, axis="x")
             axis.set_title(
-                _KIND_LABELS[kind].replace("att.", "attention"),
+                wording.KIND_NAMES[kind],
                 loc="left",
                 fontsize=9.5,
                 weight="bold",

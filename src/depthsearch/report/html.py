@@ -43,6 +43,8 @@ def run_report(run_dir: Path) -> str:
         best=tables.best_mask(run),
         top=tables.top_masks(run),
         search=tables.search_summary(run),
+        exported=tables.exported(run.export),
+        export_path=str((run.export or {}).get("path", "")),
         signature=tables.pairs(run.signature),
     )
 
@@ -60,6 +62,7 @@ def compare_html(compare: Mapping[str, Any]) -> str:
         "compare.html.j2",
         verdict=str(compare.get("verdict") or ""),
         cost_tokens=wording.amount(compare["cost_tokens"]) if compare.get("cost_tokens") else None,
+        budget=str(compare.get("budget_text") or ""),
         dense=compare.get("dense") or {},
         summary=comparison.summary_table(compare),
         intervals=comparison.interval_picture(compare.get("summary") or ()),
@@ -68,7 +71,7 @@ def compare_html(compare: Mapping[str, Any]) -> str:
         anytime=comparison.anytime_picture(arms),
         transfer=comparison.transfer_picture(arms),
         runs=comparison.runs_table(arms, sites),
-        export=comparison.export_table(compare),
+        export=tables.exported(compare.get("export")),
         signature=tables.pairs(compare.get("signature") or {}),
         version=str(compare.get("version", "unknown")),
     )

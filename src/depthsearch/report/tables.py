@@ -21,6 +21,17 @@ _STATUS = {
 _TOP = 10
 
 
+_EXPORT_ROWS = (
+    ("parameters", "Parameters", "params"),
+    ("disk_bytes", "Size on disk", "bytes"),
+    ("kv_bytes_per_token", "KV cache per token", "bytes"),
+    ("perplexity", "Held-out perplexity", ""),
+    ("prefill_tokens_per_s", "Prefill, tokens/s", ""),
+    ("decode_tokens_per_s", "Decode, tokens/s", ""),
+    ("peak_memory_bytes", "Peak memory", "bytes"),
+)
+
+
 @dataclass(frozen=True)
 class Table:
     """Column titles and rows of text."""
@@ -96,6 +107,34 @@ def search_summary(run: RunData) -> Table:
     ]
     rows.append(("Time from first to last record", wording.duration(run.seconds)))
     return Table(("", ""), tuple(rows))
+
+
+def exported(data: Mapping[str, Any] | None) -> Table | None:
+    """The exported model beside the dense one, with ratios; None where nothing was measured."""
+    models = (data or {}).get("rows") or []
+    if not models:
+        return None
+    first, others = models[0], models[1:]
+    columns = ["", str(first["name"])]
+    for model in others:
+        columns += [str(model["name"]), f"÷ {first['name']}"]
+    rows = []
+    for key, title, metric in _EXPORT_ROWS:
+        if all(model.get(key) is None for model in models):
+            continue
+        cells = [title, _figure(first.get(key), metric)]
+        for model in others:
+            own, base = model.get(key), first.get(key)
+            cells.append(_figure(own, metric))
+            cells.append(f"{own / base:.2f}×" if own is not None and base else wording.NONE)
+        rows.append(tuple(cells))
+    return Table(tuple(columns), tuple(rows))
+
+
+def _figure(value: float | None, metric: str) -> str:
+    if value is None:
+        return wording.NONE
+    return wording.amount(value, metric) if metric else f"{value:.4g}"
 
 
 def _loss_of(evaluation: Evaluation | None) -> str:

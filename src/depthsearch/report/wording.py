@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from depthsearch.space import Mask, Site
+from depthsearch.space import KINDS, Kind, Mask, Site
 
 MINUS = "−"
 NONE = "–"
 SPACE = "\N{NO-BREAK SPACE}"
-
+KIND_NAMES: Mapping[Kind, str] = {
+    "attention": "attention",
+    "cross_attention": "cross-attention",
+    "ffn": "FFN",
+}
 _NAMES = {
     "params": "Parameters",
     "bytes": "Bytes of weights",
@@ -67,25 +71,26 @@ def duration(seconds: float) -> str:
 
 
 def stretches(mask: Mask, sites: Sequence[Site]) -> str:
-    """What a mask drops in short: "blocks 12–18, 20.attention, 22.ffn–23.attention"."""
+    """What a mask drops in short: "blocks 12–18", "attention 4, 9–12; FFN 10–11"."""
     several = len({site.stack for site in sites}) > 1
-    sizes: dict[tuple[str, int], int] = {}
-    for site in sites:
-        sizes[site.stack, site.block] = sizes.get((site.stack, site.block), 0) + 1
     parts: list[str] = []
-    for start, stop in mask.runs:
-        first, last = sites[start], sites[stop - 1]
-        whole = sum(
-            sizes[key] for key in dict.fromkeys((s.stack, s.block) for s in sites[start:stop])
-        )
-        a, b = _block(first, several), _block(last, several)
-        if whole == stop - start:
-            parts.append(f"block {a}" if a == b else f"blocks {a}–{b}")
-        elif stop - start == 1:
-            parts.append(f"{a}.{first.kind}")
+    for stack in dict.fromkeys(site.stack for site in sites):
+        blocks: dict[Kind, tuple[int, ...]] = {}
+        for kind in KINDS:
+            mine = [s for s in sites if s.stack == stack and s.kind == kind]
+            if mine:
+                blocks[kind] = tuple(s.block for s in mine if not mask.keep[s.index])
+        if len(set(blocks.values())) == 1:
+            whole = next(iter(blocks.values()))
+            groups = [("block" if len(whole) == 1 else "blocks", whole)]
         else:
-            parts.append(f"{a}.{first.kind}–{b}.{last.kind}")
-    return ", ".join(parts) or "nothing"
+            groups = [(KIND_NAMES[kind], found) for kind, found in blocks.items()]
+        parts += [
+            f"{stack} {name} {_ranges(found)}" if several else f"{name} {_ranges(found)}"
+            for name, found in groups
+            if found
+        ]
+    return "; ".join(parts) or "nothing"
 
 
 def shorten(text: str, most: int = 44) -> str:
@@ -94,5 +99,12 @@ def shorten(text: str, most: int = 44) -> str:
     return line if len(line) <= most else f"{line[: most - 1].rstrip()}…"
 
 
-def _block(site: Site, several: bool) -> str:
-    return f"{site.stack}.{site.block}" if several else str(site.block)
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs drawn together: "4, 9–12"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

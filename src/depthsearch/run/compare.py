@@ -28,7 +28,7 @@ from depthsearch.run.directory import (
 )
 from depthsearch.run.loop import OnProgress
 from depthsearch.run.search import Finish, resume, search
-from depthsearch.run.session import Session, check_method
+from depthsearch.run.session import Session, check_search
 from depthsearch.run.statistics import bootstrap_interval, paired_difference
 from depthsearch.run.verdict import verdict
 from depthsearch.space import Mask
@@ -60,9 +60,13 @@ def compare(
             "such as {greedy: {method: greedy}, evolution: {method: evolution}}"
         )
     for settings in config.compare.arms.values():
-        check_method(settings.method)
-    _prepare(config, out)
+        check_search(settings)
+    _check_out(config, out)
     session = session or Session.open(config)
+    for seed in config.compare.seeds:
+        session.splits(seed)
+    if not out.exists():
+        create_directory(out, {CONFIG: resolved_yaml(config)})
     costs: dict[int, float] = {}
     order = _order(config.compare)
     runs = [(arm, seed) for seed in config.compare.seeds for arm in order]
@@ -89,9 +93,9 @@ def read_compare(out: Path) -> dict[str, Any]:
     return data
 
 
-def _prepare(config: RunConfig, out: Path) -> None:
+def _check_out(config: RunConfig, out: Path) -> None:
+    """Refuse an `out` that is neither new nor this very comparison, unfinished."""
     if not out.exists():
-        create_directory(out, {CONFIG: resolved_yaml(config)})
         return
     if (out / COMPARE).exists():
         raise RunDirectoryError(

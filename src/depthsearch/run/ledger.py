@@ -59,12 +59,24 @@ class Ledger:
                 f"{self._journal.path} was written by depthsearch {old['version']}, this is "
                 f"{new['version']}: resume it with that version, or start a new run"
             )
-        differs = next(
-            (key for key in [*new, *old] if old.get(key) != new.get(key)), "its contents"
-        )
+        differs = _difference(old, json.loads(json.dumps(new))) or "their contents"
         return JournalError(
             f"{self._journal.path}, record {self._place}: repeating the search gives another "
             f"'{new.get('op')}' record than the journal's '{old.get('op')}' (they differ in "
-            f"'{differs}'); the model, the data, the configuration or a library changed since: "
+            f"{differs}); the model, the data, the configuration or a library changed since: "
             "restore them, or start a new run"
         )
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Where two records part, such as "signature.threads", and what stands there where short."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys([*new, *old]):
+            if key not in old or key not in new:
+                return str(key)
+            if old[key] != new[key]:
+                below = _difference(old[key], new[key])
+                return f"{key}{'' if below.startswith(':') else '.'}{below}"
+    if isinstance(old, str | int | float) and isinstance(new, str | int | float):
+        return f": {old} became {new}"
+    return ""

@@ -163,9 +163,9 @@ class SearchLoop:
         return Batch(proposals, batch.survivors, batch.rivals) if proposals else None
 
     def _reserve(self) -> float:
-        """What the finals may cost: every finalist and the best baseline, without sharing."""
-        typical = self._space.decode([0.0] * len(self._space.genes))
-        one = self._finals.plan([typical])
+        """What the finals cost at most: every finalist and the best baseline, without sharing."""
+        # No mask costs more than the dense one, and the limit has to hold for any.
+        one = self._finals.plan([self._space.dense])
         return self._finals.preparation + (self._plan.finalists + 1) * one
 
     def _step(self, number: int, batch: Batch) -> list[Evaluation]:
@@ -290,7 +290,8 @@ def choose(finals: Sequence[Evaluation], baselines: Sequence[Mask]) -> Evaluatio
     """The finalist to return, from evaluations on data that no mask was selected on.
 
     The best one, but the best baseline where the best one is not better by more than one standard
-    error of the paired difference, so that noise alone never replaces a baseline.
+    error of the paired difference, so that noise alone never replaces a baseline. With a single
+    sequence the noise is not known and the baseline stays.
     """
     ranked = sorted(finals, key=lambda evaluation: evaluation.order)
     best = ranked[0]
@@ -304,7 +305,7 @@ def choose(finals: Sequence[Evaluation], baselines: Sequence[Mask]) -> Evaluatio
         return best
     differences = [a - b for a, b in zip(best.losses, safe.losses, strict=True)]
     if len(differences) < 2:
-        return best
+        return safe
     mean = fmean(differences)
     spread = math.fsum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
     return best if mean < -math.sqrt(spread / len(differences)) else safe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +92,11 @@ def _continue(
 def _start(session: Session, signature: dict[str, Any]) -> dict[str, Any]:
     # Paths differ between machines without making another search; the fingerprints tell.
     config = session.config.to_json()
+    config["model"]["path"] = session.model_json["source"]
+    config["calibration"]["text"] = session.documents_name
     return {
         "version": __version__,
         "signature": signature,
         "config": config,
         "space": session.space.to_json(),
     }
-
-
-def with_search(session: Session, config: RunConfig) -> Session:
-    """The same loaded model and text under another search configuration."""
-    return replace(session, config=config)

@@ -16,16 +16,15 @@ from depthsearch import __version__
 from depthsearch.calibration.objectives import OBJECTIVES, Objective
 from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.calibration.windows import Splits, make_splits
-from depthsearch.config import RunConfig, SpaceConfig
-from depthsearch.errors import ConfigError, MaskError
+from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
+from depthsearch.errors import MaskError
 from depthsearch.evaluation import InProcess
 from depthsearch.model.anatomy import Anatomy, describe
 from depthsearch.model.costs import cost_table
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.model.selfcheck import SelfCheck, self_check
 from depthsearch.run.loop import Outcome, Plan
-from depthsearch.searchers import SEARCHERS
-from depthsearch.searchers.options import suggestion
+from depthsearch.searchers import check_options
 from depthsearch.sources import is_path
 from depthsearch.space import Budget, SearchSpace, Site, mask_from_names
 
@@ -44,7 +43,7 @@ class Session:
     @classmethod
     def open(cls, config: RunConfig) -> Session:
         """Load and check everything; raises InputError of the part that is wrong."""
-        check_method(config.search.method)
+        check_search(config.search)
         documents = load_documents(
             config.calibration.text,
             config.calibration.column,
@@ -157,13 +156,9 @@ def open_model(config: RunConfig) -> LoadedModel:
     )
 
 
-def check_method(method: str) -> None:
-    """Refuse an unknown search method before anything slow starts; raises ConfigError."""
-    if method not in SEARCHERS:
-        raise ConfigError(
-            f"search.method is '{method}'{suggestion(method, SEARCHERS)}; "
-            f"methods: {', '.join(SEARCHERS)}"
-        )
+def check_search(search: SearchConfig) -> None:
+    """Refuse an unknown method or option before anything slow starts; raises ConfigError."""
+    check_options(search.method, search.options)
 
 
 def make_space(config: SpaceConfig, model: Any, anatomy: Anatomy) -> SearchSpace:

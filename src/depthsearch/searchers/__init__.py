@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 
 import numpy as np
 
@@ -34,11 +34,27 @@ def build_searcher(
 ) -> Searcher:
     """The searcher of a method; raises ConfigError for an unknown method or a wrong option."""
     if method not in SEARCHERS:
-        raise ConfigError(
-            f"unknown search method '{method}'{suggestion(method, SEARCHERS)} "
-            f"(methods: {', '.join(SEARCHERS)})"
-        )
+        raise _unknown(method)
     return SEARCHERS[method](space, hints, rng, options)
+
+
+def check_options(method: str, options: Options) -> None:
+    """Refuse what `build_searcher` would, before anything slow starts; raises ConfigError."""
+    kind: type = _OPTIONS.get(method, NoneType)
+    if method == "optuna":
+        from depthsearch.searchers.optuna_keys import OptunaOptions
+
+        kind = OptunaOptions
+    if kind is NoneType:
+        raise _unknown(method)
+    parse_options(kind, method, options)
+
+
+def _unknown(method: str) -> ConfigError:
+    return ConfigError(
+        f"unknown search method '{method}'{suggestion(method, SEARCHERS)} "
+        f"(methods: {', '.join(SEARCHERS)})"
+    )
 
 
 def _random(
@@ -93,6 +109,17 @@ def _optuna(
     return OptunaSearcher(space, hints, rng, chosen)
 
 
+_OPTIONS: Mapping[str, type] = MappingProxyType(
+    {
+        "random": RandomOptions,
+        "block_influence": BlockInfluenceOptions,
+        "single_removal": SingleRemovalOptions,
+        "windows": WindowsOptions,
+        "greedy": GreedyOptions,
+        "evolution": EvolutionOptions,
+    }
+)
+
 SEARCHERS: Mapping[str, Build] = MappingProxyType(
     {
         "random": _random,
@@ -109,6 +136,7 @@ __all__ = [
     "SEARCHERS",
     "Searcher",
     "build_searcher",
+    "check_options",
     "cheap_baselines",
     "is_baseline",
 ]

@@ -26,7 +26,7 @@ from depthsearch.searchers.ranking import influence_keys
 from depthsearch.searchers.staged import Answers, Plan, best_masks
 from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
 
-_TRIES_AN_OFFSPRING = 20
+_TRIES_AN_OFFSPRING = 10
 _COMPLETED_WINDOWS = 2
 _FORGET = 0.9
 _FLOOR = 0.3

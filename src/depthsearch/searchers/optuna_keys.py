@@ -29,8 +29,8 @@ from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSp
 
 _DROPPED, _KEPT = 0.25, 0.75
 _TIE_BREAK = 0.1
-_TRIES_A_BATCH = 40
-_TRIES_A_MASK = 10
+_STALLED_TRIALS = 8
+_WARM_START_TRIALS = 10
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,15 @@ class OptunaSearcher:
     def _sampled(self, count: int) -> list[Proposal]:
         """New masks from the sampler; trials that decode to a known one are answered at once."""
         found: list[Proposal] = []
-        for _ in range(_TRIES_A_BATCH + _TRIES_A_MASK * count):
-            if len(found) == count:
-                return found
+        stalled = _STALLED_TRIALS if self._fresh.listed else 0
+        while len(found) < count and stalled < _STALLED_TRIALS:
             trial = self._study.ask(self._distributions)
             mask = self._space.decode([trial.params[name] for name in self._names])
             if self._fresh.add(mask):
                 found.append(self._start(trial, mask, f"optuna {self._options.sampler}"))
+                stalled = 0
                 continue
+            stalled += 1
             self._annotate(trial, mask, "duplicate")
             if mask in self._pending:
                 self._pending[mask].append(trial)
@@ -147,7 +148,7 @@ class OptunaSearcher:
                 self._finish(trial, self._known[mask])
             else:
                 self._study.tell(trial, state=TrialState.FAIL)
-        # The sampler keeps returning to known masks: go on with what it has not seen.
+        # A sampler that keeps returning to known masks is handed some that it has not seen.
         for mask in self._fresh.take(count - len(found)):
             found.append(self._enqueued(mask, "optuna random"))
         return found
@@ -172,7 +173,9 @@ class OptunaSearcher:
         """Start CMA-ES from the baselines, which it does not learn from by itself."""
         if self._seeding and self._options.sampler == "cmaes":
             done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            self._study.sampler = _sampler("cmaes", self._seed, done)
+            # A warm start takes the best tenth, so there must be ten for the best one to be taken.
+            copies = -(-_WARM_START_TRIALS // len(done)) if done else 0
+            self._study.sampler = _sampler("cmaes", self._seed, done * copies)
         self._seeding = False
 
 

@@ -51,6 +51,11 @@ class FreshMasks:
         self._seen: set[Mask] = set()
         self._left: Iterator[Mask] | None = None
 
+    @property
+    def listed(self) -> bool:
+        """Whether draws ran dry on a space small enough to list, so that the list is used up."""
+        return self._left is not None
+
     def add(self, mask: Mask) -> bool:
         """Mark a mask as used; False where it was used already."""
         if mask in self._seen:
