@@ -15,6 +15,10 @@ from depthsearch.sources import is_disk_full, quiet
 
 _INTERRUPTED = 130
 
+# Read by OpenMP when torch is first imported. Threads that spin while they wait make a search several
+# times slower as soon as anything else runs on the machine, and hardly faster when nothing does.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 app = typer.Typer(
     name="depthsearch",
     help="Find the sublayers a pretrained transformer can do without at a budget you fix, and "

@@ -141,8 +141,8 @@ def _parse(path: Path, data: bytes) -> tuple[list[Record], int]:
             if number == len(lines) - 1 and not lines[-1]:
                 break
             raise JournalError(
-                f"{path}, line {number} is not a JSON object: the journal is damaged there; restore it "
-                "from a copy, or start a new run"
+                f"{path}, line {number} is not a JSON object: the journal is damaged; restore "
+                "it from a copy, or start a new run"
             ) from error
         records.append(record)
         whole += len(line) + 1

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from depthsearch.errors import DepthsearchError
 from depthsearch.run.compare import OnArm
 from depthsearch.run.figures import MEASURES
 from depthsearch.run.loop import OnProgress
@@ -62,8 +63,9 @@ def stage_bar() -> Iterator[Any]:
         yield update
 
 
-def _bar(detail: str) -> Progress:
-    return Progress(
+@contextmanager
+def _bar(detail: str) -> Iterator[Progress]:
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
@@ -73,6 +75,13 @@ def _bar(detail: str) -> Progress:
         *([TextColumn(detail)] if detail else []),
         console=console,
     )
+    with progress as bar:
+        try:
+            yield bar
+        except DepthsearchError:
+            # The one line that says what is wrong stands alone.
+            bar.live.transient = True
+            raise
 
 
 def best_table(best: Mapping[str, Any]) -> Table:

@@ -144,7 +144,7 @@ def verify_exports(
 def random_ids(model: Any, new_tokens: int) -> Tensor:
     """Seeded random ids `[2, seq]` that fit the model's context, fewer for a large vocabulary."""
     config = model.config
-    prompt = int(np.clip(2**24 // config.vocab_size, 48, 256))
+    prompt = int(np.clip(2**24 // config.vocab_size, 48, 128))
     room = getattr(config, "max_position_embeddings", None) or prompt + new_tokens
     prompt = max(2, min(prompt, int(room) - new_tokens))
     ids = np.random.default_rng(0).integers(

@@ -59,7 +59,7 @@ class Ledger:
                 f"{self._journal.path} was written by depthsearch {old['version']}, this is "
                 f"{new['version']}: resume it with that version, or start a new run"
             )
-        differs = _difference(old, json.loads(json.dumps(new))) or "their contents"
+        differs = _difference(old, json.loads(json.dumps(new)))
         return JournalError(
             f"{self._journal.path}, record {self._place}: repeating the search gives another "
             f"'{new.get('op')}' record than the journal's '{old.get('op')}' (they differ in "
@@ -68,15 +68,13 @@ class Ledger:
         )
 
 
-def _difference(old: Any, new: Any) -> str:
-    """Where two records part, such as "signature.threads", and what stands there where short."""
+def _difference(old: Any, new: Any, path: str = "") -> str:
+    """Where two unequal records part, such as "'signature.threads', 2 before and 1 now"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*new, *old]):
-            if key not in old or key not in new:
-                return str(key)
-            if old[key] != new[key]:
-                below = _difference(old[key], new[key])
-                return f"{key}{'' if below.startswith(':') else '.'}{below}"
-    if isinstance(old, str | int | float) and isinstance(new, str | int | float):
-        return f": {old} became {new}"
-    return ""
+            if old.get(key) != new.get(key):
+                below = f"{path}.{key}" if path else str(key)
+                return _difference(old.get(key), new.get(key), below)
+    if isinstance(old, list) or isinstance(new, list):
+        return f"'{path}'"
+    return f"'{path}', {old} before and {new} now"

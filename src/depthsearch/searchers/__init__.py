@@ -136,7 +136,7 @@ __all__ = [
     "SEARCHERS",
     "Searcher",
     "build_searcher",
-    "check_options",
     "cheap_baselines",
+    "check_options",
     "is_baseline",
 ]

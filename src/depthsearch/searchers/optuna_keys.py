@@ -27,8 +27,11 @@ from depthsearch.searchers.ranking import influence_keys
 from depthsearch.searchers.staged import best_masks
 from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace
 
-_DROPPED, _KEPT = 0.25, 0.75
-_TIE_BREAK = 0.1
+_MARGIN = {"tpe": 0.25, "cmaes": 0.1, "random": 0.25}
+"""How far from 0.5 the keys of a given mask lie.
+
+CMA-ES starts at such keys with a step of 0.1, in which it must be able to change the mask.
+"""
 _STALLED_TRIALS = 8
 _WARM_START_TRIALS = 10
 
@@ -117,9 +120,10 @@ class OptunaSearcher:
         """Ranking keys that decode to exactly this mask; influence breaks the ties."""
         order = sorted(range(len(self._worth)), key=lambda g: (self._worth[g], g))
         keys = [0.0] * len(order)
+        margin = _MARGIN[self._options.sampler]
         for rank, gene in enumerate(order):
-            side = _KEPT if mask.keep[self._space.genes[gene][0]] else _DROPPED
-            keys[gene] = side + _TIE_BREAK * (rank / len(order) - 0.5)
+            side = margin if mask.keep[self._space.genes[gene][0]] else -margin
+            keys[gene] = 0.5 + side + 0.4 * margin * (rank / len(order) - 0.5)
         return tuple(keys)
 
     def _enqueued(self, mask: Mask, origin: str) -> Proposal:

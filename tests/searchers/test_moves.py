@@ -1,0 +1,165 @@
+"""Moves of the evolution: always on budget, and each does what its name says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from landscapes import SPACES, toy
+
+from depthsearch.searchers.moves import Moves, dropped_runs, weighted_index
+from depthsearch.space import Budget, Mask, SearchSpace, SiteCosts
+
+LARGE: dict[str, SearchSpace] = {
+    **SPACES,
+    "large": toy(30),
+    "large_packable": toy(30, packable=True, protected=(0, 1, 2, 31, 59)),
+    "large_attention": toy(30, Budget("kv_bytes", ratio=0.6), "attention"),
+}
+NAMES = Moves(SPACES["sublayer"], np.random.default_rng(0)).names
+
+
+def random_mask(space: SearchSpace, rng: np.random.Generator) -> Mask:
+    return space.decode(rng.random(len(space.genes)).tolist())
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(sorted(LARGE)),
+    move=st.sampled_from(NAMES),
+    seed=st.integers(0, 2**32),
+    guided=st.booleans(),
+)
+def test_every_move_stays_on_budget(name: str, move: str, seed: int, guided: bool) -> None:
+    space, rng = LARGE[name], np.random.default_rng(seed)
+    moves = Moves(space, rng, rng.random(len(space.genes)).tolist() if guided else None)
+    mask, other = random_mask(space, rng), random_mask(space, rng)
+    for _ in range(3):
+        child = moves.apply(move, mask, other)
+        if child is not None:
+            assert space.on_budget(child)
+            mask = child
+
+
+@pytest.mark.parametrize("name", ["large", "large_packable", "large_attention", "block", "ffn"])
+@pytest.mark.parametrize("move", NAMES)
+def test_every_move_finds_something_new(name: str, move: str) -> None:
+    space, rng = LARGE[name], np.random.default_rng(1)
+    moves = Moves(space, rng)
+    new = 0
+    for _ in range(30):
+        mask, other = random_mask(space, rng), random_mask(space, rng)
+        child = moves.apply(move, mask, other)
+        new += child is not None and child != mask
+    # Two dropped blocks out of eight are rarely neighbours, so a split seldom applies there.
+    assert new >= (3 if (name, move) == ("block", "split") else 10)
+
+
+def count_space() -> SearchSpace:
+    """Twenty sites, any six of which go: no repair interferes with a run move."""
+    return toy(10, Budget("sites", drop=6))
+
+
+@pytest.mark.parametrize(
+    ("move", "dropped", "runs"),
+    [
+        ("shift", range(6, 12), {1}),
+        ("slide", range(6, 12), {1}),
+        ("split", range(6, 12), {2, 3}),
+        ("merge", (2, 3, 10, 11, 12, 13), {1}),
+    ],
+)
+def test_run_moves_keep_the_shape_they_promise(
+    move: str, dropped: tuple[int, ...], runs: set[int]
+) -> None:
+    space = count_space()
+    mask = Mask.dropping(20, dropped)
+    found = {
+        Moves(space, np.random.default_rng(seed)).apply(move, mask, mask) for seed in range(60)
+    }
+    assert len(found) > 1
+    for child in found:
+        if child is not None and child != mask:
+            assert len(child.dropped) == 6
+            # A part that is put back at the end of the run and dropped beside it stays one run.
+            assert len(child.runs) in runs | ({1} if move == "split" else set())
+
+
+def test_a_shift_moves_by_one_to_three() -> None:
+    mask = Mask.dropping(20, range(6, 12))
+    moves = Moves(count_space(), np.random.default_rng(0))
+    starts = {child.dropped[0] for _ in range(60) if (child := moves.apply("shift", mask, mask))}
+    assert starts == {3, 4, 5, 7, 8, 9}
+
+
+def test_a_swap_exchanges_one_for_one_under_a_count() -> None:
+    mask = Mask.dropping(20, range(6, 12))
+    moves = Moves(count_space(), np.random.default_rng(0))
+    for _ in range(30):
+        child = moves.apply("swap", mask, mask)
+        assert child is not None
+        assert len(set(child.dropped) - set(mask.dropped)) == 1
+        assert len(set(mask.dropped) - set(child.dropped)) == 1
+
+
+def test_swaps_trade_attention_for_ffn() -> None:
+    space = toy(30)
+    mask = space.windows()[0]
+    moves = Moves(space, np.random.default_rng(0))
+    kinds = set()
+    for _ in range(100):
+        child = moves.apply("swap", mask, mask)
+        assert child is not None
+        kinds.add(sum(space.sites[i].kind == "ffn" for i in child.dropped))
+    assert len(kinds) > 1
+
+
+def test_crossover_drops_only_what_a_parent_drops() -> None:
+    space = count_space()
+    one, two = Mask.dropping(20, range(4, 10)), Mask.dropping(20, range(7, 13))
+    moves = Moves(space, np.random.default_rng(0))
+    children = [moves.apply("crossover", one, two) for _ in range(20)]
+    dropped = [set(child.dropped) for child in children if child is not None]
+    assert all(sites <= set(range(4, 13)) for sites in dropped)
+    # Averaged keys always drop what both drop; one cut may lose some of it.
+    assert sum({7, 8, 9} <= sites for sites in dropped) >= 10
+    assert len(set(children) - {one, two}) > 5
+    assert moves.apply("crossover", one, one) is None
+
+
+def test_guidance_prefers_unimportant_genes() -> None:
+    space = toy(10, Budget("sites", drop=1))
+    keys = [float(g) for g in range(20)]
+    mask = Mask.dropping(20, [10])
+    dropped = []
+    moves = Moves(space, np.random.default_rng(0), keys)
+    for _ in range(600):
+        child = moves.apply("swap", mask, mask)
+        assert child is not None
+        dropped.append(child.dropped[0])
+    low = sum(i < 10 for i in dropped)
+    # Weights run from 3 down to 1, so the lower half gets about 5/8 of the draws.
+    assert 0.56 < low / 600 < 0.71
+
+
+def test_dropped_runs_and_weighted_index() -> None:
+    assert dropped_runs([True, False, False, True, False]) == [(1, 3), (4, 5)]
+    rng = np.random.default_rng(0)
+    draws = [weighted_index(rng, [0.0, 1.0, 3.0, 0.0]) for _ in range(400)]
+    assert set(draws) == {1, 2}
+    assert 0.68 < draws.count(2) / 400 < 0.82
+
+
+def test_moves_on_a_space_with_shared_costs() -> None:
+    space = toy(8)
+    table = space.costs.of("params")
+    shared = tuple(((2 * b, 2 * b + 1), 2) for b in range(8))
+    costs = type(space.costs)({"params": SiteCosts(table.fixed, table.sites, shared)})
+    parallel = SearchSpace(space.sites, costs, space.budget)
+    rng = np.random.default_rng(0)
+    moves = Moves(parallel, rng)
+    for name in NAMES:
+        for _ in range(20):
+            child = moves.apply(name, random_mask(parallel, rng), random_mask(parallel, rng))
+            assert child is None or parallel.on_budget(child)

@@ -1,0 +1,166 @@
+"""Optuna over ranking keys."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from landscapes import SPACES, Landscape, drive, proposals, toy, unreliable
+from optuna.trial import TrialState
+
+from depthsearch.errors import ConfigError
+from depthsearch.searchers import build_searcher, cheap_baselines
+from depthsearch.searchers.optuna_keys import OptunaOptions, OptunaSearcher
+from depthsearch.space import Budget, Evaluation, Proposal, SearchSpace, Status
+
+LARGE = {
+    **SPACES,
+    "large": toy(30),
+    "large_packable": toy(30, packable=True, protected=(0, 1, 2, 31, 59)),
+    "large_attention": toy(30, Budget("kv_bytes", ratio=0.6), "attention"),
+}
+
+
+def searcher_of(space: SearchSpace, **options: object) -> OptunaSearcher:
+    hints = Landscape(len(space.sites)).hints()
+    found = build_searcher("optuna", space, hints, np.random.default_rng(0), options)
+    assert isinstance(found, OptunaSearcher)
+    return found
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(sorted(LARGE)),
+    sampler=st.sampled_from(["tpe", "cmaes"]),
+    seed=st.integers(0, 2**32),
+)
+def test_keys_of_a_mask_decode_to_exactly_it(name: str, sampler: str, seed: int) -> None:
+    space = LARGE[name]
+    rng = np.random.default_rng(seed)
+    mask = space.decode(rng.random(len(space.genes)).tolist())
+    keys = searcher_of(space, sampler=sampler).keys_of(mask)
+    assert all(0 <= key <= 1 for key in keys)
+    assert len(set(keys)) == len(keys)
+    assert space.decode(keys) == mask
+
+
+@pytest.mark.parametrize("name", ["sublayer", "large_packable"])
+def test_the_first_trials_are_the_baselines(name: str) -> None:
+    space = LARGE[name]
+    searcher = searcher_of(space)
+    batch = searcher.ask()
+    expected = cheap_baselines(space, Landscape(len(space.sites)).hints())
+    assert batch.proposals == expected
+    for trial, proposal in zip(searcher.study.trials, expected, strict=True):
+        assert space.decode([trial.params[name] for name in sorted(trial.params)]) == proposal.mask
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "random"])
+def test_trials_mirror_the_evaluations(sampler: str) -> None:
+    space = SPACES["sublayer"]
+    landscape = Landscape(12)
+    answer = unreliable(landscape, 0.4)
+    searcher = searcher_of(space, sampler=sampler)
+    record = drive(searcher, answer, limit=40)
+    told = {e.mask.key: e for _, evaluations in record for e in evaluations}
+    for trial in searcher.study.trials:
+        evaluation = told[trial.user_attrs["mask"]]
+        assert trial.user_attrs["cost"] == space.cost(evaluation.mask)
+        if evaluation.loss is None:
+            assert trial.state is TrialState.FAIL
+        else:
+            assert trial.state is TrialState.COMPLETE
+            assert trial.value == evaluation.loss
+    origins = Counter(trial.user_attrs["origin"] for trial in searcher.study.trials)
+    assert origins[f"optuna {sampler}"] > 0
+    assert sum(count for origin, count in origins.items() if origin != "duplicate") == len(told)
+
+
+def test_several_masks_are_asked_in_parallel() -> None:
+    searcher = searcher_of(SPACES["sublayer"])
+    landscape = Landscape(12)
+    drive(searcher, lambda p: landscape.evaluate(p.mask), limit=1)
+    batch = searcher.ask(6)
+    assert len({proposal.mask for proposal in batch.proposals}) == 6
+    running = [t for t in searcher.study.trials if t.state is TrialState.RUNNING]
+    assert len(running) >= 6
+    searcher.tell([landscape.evaluate(p.mask) for p in batch.proposals[:2]])
+    assert all(t.state is not TrialState.RUNNING for t in searcher.study.trials)
+
+
+def test_a_stored_study_holds_the_search_and_is_not_overwritten(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    space, landscape = SPACES["block"], Landscape(16)
+    options = {"storage": url, "study_name": "run-1"}
+    first = drive(searcher_of(space, **options), lambda p: landscape.evaluate(p.mask), limit=9)
+    study = optuna.load_study(study_name="run-1", storage=url)
+    masks = {trial.user_attrs["mask"] for trial in study.trials}
+    assert masks == {proposal.mask.key for proposal in proposals(first)}
+    assert study.best_value == min(e.loss or 9.0 for _, found in first for e in found)
+
+    with pytest.raises(ConfigError, match="'run-1' exists already") as caught:
+        searcher_of(space, **options)
+    assert "fresh: true" in str(caught.value)
+    again = drive(
+        searcher_of(space, **options, fresh=True), lambda p: landscape.evaluate(p.mask), limit=9
+    )
+    in_memory = drive(searcher_of(space), lambda p: landscape.evaluate(p.mask), limit=9)
+    assert proposals(again) == proposals(first) == proposals(in_memory)
+    assert [study.study_name for study in optuna.get_all_study_summaries(url)] == ["run-1"]
+
+
+@pytest.mark.parametrize(
+    "storage", ["nonsense", "sqlite:////no/such/folder/study.db", "postgresql://me:secret@host/x"]
+)
+def test_a_storage_that_cannot_be_opened_is_one_line(storage: str) -> None:
+    with pytest.raises(ConfigError, match="storage") as caught:
+        searcher_of(SPACES["block"], storage=storage)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_cmaes_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("depthsearch.searchers.optuna_keys.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install depthsearch\[cma\]"):
+        searcher_of(SPACES["block"], sampler="cmaes")
+
+
+def test_cmaes_goes_on_when_every_baseline_failed() -> None:
+    space, landscape = SPACES["sublayer"], Landscape(12)
+    seeds = {p.mask for p in cheap_baselines(space, landscape.hints())}
+
+    def answer(proposal: Proposal) -> Evaluation:
+        if proposal.mask in seeds:
+            return Evaluation(proposal.mask, (), 0, Status.OUT_OF_MEMORY)
+        return landscape.evaluate(proposal.mask)
+
+    record = drive(searcher_of(space, sampler="cmaes"), answer, limit=30)
+    assert len(proposals(record)) >= 30
+
+
+def test_optuna_stays_silent_and_its_verbosity_is_restored(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    level = optuna.logging.get_verbosity()
+    landscape = Landscape(16)
+    for sampler in ("tpe", "cmaes"):
+        drive(
+            searcher_of(SPACES["block"], sampler=sampler),
+            unreliable(landscape, 0.5),
+            limit=20,
+        )
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+    assert optuna.logging.get_verbosity() == level
+
+
+def test_options_have_safe_defaults() -> None:
+    options = OptunaOptions()
+    assert options.storage is None
+    assert not options.fresh
