@@ -95,9 +95,9 @@ def test_several_masks_are_asked_in_parallel() -> None:
 
 def test_a_stored_study_holds_the_search_and_is_not_overwritten(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    space, landscape = SPACES["block"], Landscape(16)
+    space, landscape = SPACES["drop_blocks"], Landscape(14)
     options = {"storage": url, "study_name": "run-1"}
-    first = drive(searcher_of(space, **options), lambda p: landscape.evaluate(p.mask), limit=9)
+    first = drive(searcher_of(space, **options), lambda p: landscape.evaluate(p.mask), limit=7)
     study = optuna.load_study(study_name="run-1", storage=url)
     masks = {trial.user_attrs["mask"] for trial in study.trials}
     assert masks == {proposal.mask.key for proposal in proposals(first)}
@@ -107,9 +107,9 @@ def test_a_stored_study_holds_the_search_and_is_not_overwritten(tmp_path: Path) 
         searcher_of(space, **options)
     assert "fresh: true" in str(caught.value)
     again = drive(
-        searcher_of(space, **options, fresh=True), lambda p: landscape.evaluate(p.mask), limit=9
+        searcher_of(space, **options, fresh=True), lambda p: landscape.evaluate(p.mask), limit=7
     )
-    in_memory = drive(searcher_of(space), lambda p: landscape.evaluate(p.mask), limit=9)
+    in_memory = drive(searcher_of(space), lambda p: landscape.evaluate(p.mask), limit=7)
     assert proposals(again) == proposals(first) == proposals(in_memory)
     assert [study.study_name for study in optuna.get_all_study_summaries(url)] == ["run-1"]
 

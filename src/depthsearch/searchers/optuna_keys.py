@@ -32,7 +32,9 @@ _MARGIN = {"tpe": 0.25, "cmaes": 0.1, "random": 0.25}
 
 CMA-ES starts at such keys with a step of 0.1, in which it must be able to change the mask.
 """
-_STALLED_TRIALS = 8
+_STALLED_TRIALS = 2
+_NEAR_TRIES = 20
+_NEAR_STEP = 0.05
 _WARM_START_TRIALS = 10
 
 
@@ -62,6 +64,7 @@ class OptunaSearcher:
         self, space: SearchSpace, hints: Hints, rng: np.random.Generator, options: OptunaOptions
     ) -> None:
         self._space = space
+        self._rng = rng
         self._options = options
         self._seed = int(rng.integers(2**31))
         self._study = _create_study(options, _sampler(options.sampler, self._seed))
@@ -126,36 +129,60 @@ class OptunaSearcher:
             keys[gene] = 0.5 + side + 0.4 * margin * (rank / len(order) - 0.5)
         return tuple(keys)
 
-    def _enqueued(self, mask: Mask, origin: str) -> Proposal:
+    def _enqueued(self, mask: Mask, origin: str, keys: Sequence[float] | None = None) -> Proposal:
         """Run a given mask as a trial of the study."""
-        self._study.enqueue_trial(dict(zip(self._names, self.keys_of(mask), strict=True)))
+        values = self.keys_of(mask) if keys is None else keys
+        self._study.enqueue_trial(dict(zip(self._names, values, strict=True)))
         trial = self._study.ask(self._distributions)
         self._fresh.add(mask)
         return self._start(trial, mask, origin)
 
     def _sampled(self, count: int) -> list[Proposal]:
         """New masks from the sampler; trials that decode to a known one are answered at once."""
+        origin = f"optuna {self._options.sampler}"
         found: list[Proposal] = []
-        stalled = _STALLED_TRIALS if self._fresh.listed else 0
-        while len(found) < count and stalled < _STALLED_TRIALS:
+        stalled = 0
+        while len(found) < count and not self._fresh.listed:
             trial = self._study.ask(self._distributions)
-            mask = self._space.decode([trial.params[name] for name in self._names])
+            keys = [float(trial.params[name]) for name in self._names]
+            mask = self._space.decode(keys)
             if self._fresh.add(mask):
-                found.append(self._start(trial, mask, f"optuna {self._options.sampler}"))
-                stalled = 0
+                found.append(self._start(trial, mask, origin))
                 continue
+            self._repeat(trial, mask)
             stalled += 1
-            self._annotate(trial, mask, "duplicate")
-            if mask in self._pending:
-                self._pending[mask].append(trial)
-            elif mask in self._known:
-                self._finish(trial, self._known[mask])
-            else:
-                self._study.tell(trial, state=TrialState.FAIL)
-        # A sampler that keeps returning to known masks is handed some that it has not seen.
+            if stalled % _STALLED_TRIALS == 0:
+                near = self._near(keys)
+                if near is None:
+                    break
+                found.append(self._enqueued(near[0], f"{origin} nearby", near[1]))
         for mask in self._fresh.take(count - len(found)):
             found.append(self._enqueued(mask, "optuna random"))
         return found
+
+    def _near(self, keys: Sequence[float]) -> tuple[Mask, tuple[float, ...]] | None:
+        """A new mask close to keys whose own mask is known, from steps that grow.
+
+        Without it a sampler that has converged would ask for the same masks for ever.
+        """
+        for attempt in range(_NEAR_TRIES):
+            step = _NEAR_STEP * 1.2**attempt
+            moved = np.clip(np.asarray(keys) + self._rng.normal(0.0, step, len(keys)), 0.0, 1.0)
+            values = tuple(float(key) for key in moved)
+            mask = self._space.decode(values)
+            if self._fresh.add(mask):
+                return mask, values
+        return None
+
+    def _repeat(self, trial: Trial, mask: Mask) -> None:
+        """Answer a trial whose mask is known, or will be with the present batch."""
+        self._annotate(trial, mask, "duplicate")
+        if mask in self._pending:
+            self._pending[mask].append(trial)
+        elif mask in self._known:
+            self._finish(trial, self._known[mask])
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
 
     def _start(self, trial: Trial, mask: Mask, origin: str) -> Proposal:
         self._annotate(trial, mask, origin)

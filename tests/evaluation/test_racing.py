@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.evaluation.tiny_backends import assorted_masks, tiny_backend
+from tests.tiny_models import tiny_model
+
+from depthsearch.evaluation import UnitResult, evaluate
+from depthsearch.evaluation.racing import MIN_SEQUENCES, losers
+from depthsearch.space import Evaluation, Hints, Mask, Status
+
+BATCHES, ROWS, TOKENS = 8, 2, 16
+SEQUENCES = BATCHES * ROWS
+
+
+@dataclass
+class Table:
+    """A backend that reads losses `[mask, sequence]` from a table; one token costs one."""
+
+    losses: dict[Mask, np.ndarray]
+    failing: dict[tuple[Mask, int], Status] = field(default_factory=dict)
+    asked: list[tuple[int, tuple[Mask, ...]]] = field(default_factory=list)
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        return (ROWS,) * BATCHES
+
+    @property
+    def window_tokens(self) -> int:
+        return TOKENS
+
+    @property
+    def preparation(self) -> float:
+        return 0.0
+
+    def run(self, batch: int, masks: Sequence[Mask]) -> UnitResult:
+        self.asked.append((batch, tuple(masks)))
+        statuses = tuple(self.failing.get((mask, batch), Status.OK) for mask in masks)
+        rows = slice(batch * ROWS, (batch + 1) * ROWS)
+        return UnitResult(
+            tuple(
+                tuple(self.losses[mask][rows].tolist()) if status is Status.OK else ()
+                for mask, status in zip(masks, statuses, strict=True)
+            ),
+            statuses,
+            float(ROWS * TOKENS * len(masks)),
+        )
+
+    def plan(self, masks: Sequence[Mask]) -> float:
+        return float(SEQUENCES * TOKENS * len(masks))
+
+    def hints(self) -> tuple[Hints, float]:
+        raise AssertionError("a race needs no hints")
+
+
+def names(count: int) -> list[Mask]:
+    return [Mask.from_key(format(i, "06b")) for i in range(1, count + 1)]
+
+
+def table(means: Sequence[float], own: float, shared: float = 1.0, seed: int = 0) -> Table:
+    """Masks with these means, noise of each pair of mask and sequence, and noise all share."""
+    rng = np.random.default_rng(seed)
+    common = rng.normal(0, shared, SEQUENCES)
+    return Table(
+        {
+            mask: mean + common + rng.normal(0, own, SEQUENCES)
+            for mask, mean in zip(names(len(means)), means, strict=True)
+        }
+    )
+
+
+def complete(found: Sequence[Evaluation]) -> list[Mask]:
+    return [e.mask for e in found if e.status is Status.OK]
+
+
+def test_without_a_race_everything_is_evaluated() -> None:
+    backend = table(np.linspace(0, 50, 12).tolist(), 0.01)
+    masks = names(12)
+    found, cost = evaluate(backend, masks)
+    assert [e.mask for e in found] == masks
+    for evaluation in found:
+        assert evaluation.status is Status.OK
+        assert evaluation.losses == tuple(backend.losses[evaluation.mask].tolist())
+        assert evaluation.tokens == SEQUENCES * TOKENS
+    assert cost == backend.plan(masks)
+
+
+@pytest.mark.parametrize("survivors", [1, 3])
+def test_clear_differences_leave_exactly_the_survivors(survivors: int) -> None:
+    """Noise that all masks share is a hundred times larger than the differences."""
+    order = np.random.default_rng(1).permutation(12)
+    backend = table((0.05 * order).tolist(), 0.005, shared=5.0)
+    found, cost = evaluate(backend, names(12), survivors=survivors)
+    best = [mask for _, mask in sorted(zip(order.tolist(), names(12), strict=True))][:survivors]
+    assert set(complete(found)) == set(best)
+    assert cost < 0.5 * backend.plan(names(12))
+    for evaluation in found:
+        if evaluation.mask not in best:
+            assert evaluation.status is Status.ELIMINATED
+            seen = len(evaluation.losses)
+            assert MIN_SEQUENCES <= seen < SEQUENCES
+            assert seen % ROWS == 0
+            assert evaluation.losses == tuple(backend.losses[evaluation.mask][:seen].tolist())
+            assert evaluation.tokens == seen * TOKENS
+    assert cost == sum(evaluation.tokens for evaluation in found)
+
+
+def test_differences_within_the_noise_eliminate_nobody() -> None:
+    """Equal masks: at three standard errors, less than one in twenty is lost by chance."""
+    lost = total = 0
+    for seed in range(40):
+        backend = table([0.0] * 10, 1.0, seed=seed)
+        found, _ = evaluate(backend, names(10), survivors=4)
+        lost += sum(e.status is Status.ELIMINATED for e in found)
+        total += len(found)
+    assert lost / total < 0.05
+
+
+def test_the_best_mask_is_almost_never_lost() -> None:
+    """Ten masks half a standard deviation apart, on 200 tables."""
+    lost = 0
+    for seed in range(200):
+        backend = table((0.5 * np.arange(10)).tolist(), 1.0, seed=seed)
+        averages = {mask: float(np.mean(x)) for mask, x in backend.losses.items()}
+        winner = min(averages, key=averages.__getitem__)
+        found, _ = evaluate(backend, names(10), survivors=1)
+        lost += winner not in complete(found)
+    assert lost <= 200 * 0.03
+
+
+def test_nobody_is_judged_on_fewer_sequences_than_the_minimum() -> None:
+    backend = table([0.0, 100.0], 0.001)
+    found, _ = evaluate(backend, names(2), survivors=1)
+    assert len(found[1].losses) == MIN_SEQUENCES
+    assert losers({0: [0.0] * 3, 1: [9.0, 8.0, 7.0]}, 1, ()) == []
+
+
+def test_nobody_is_eliminated_after_the_last_batch() -> None:
+    """A mask that has been seen everywhere is complete, however bad it is."""
+    late = table([0.0, 0.0], 0.0, shared=0.0)
+    late.losses[names(2)[1]][-ROWS:] = 1000.0
+    found, _ = evaluate(late, names(2), survivors=1)
+    assert [e.status for e in found] == [Status.OK, Status.OK]
+
+
+def rival(mask: Mask, losses: Sequence[float], status: Status = Status.OK) -> Evaluation:
+    return Evaluation(mask, tuple(losses), len(losses) * TOKENS, status)
+
+
+class TestRivals:
+    far = Mask.from_key("111111")
+
+    def race(self, rivals: Sequence[Evaluation], survivors: int = 1) -> list[Mask]:
+        backend = table([0.0, 0.2, 0.4], 0.01)
+        self.backend = backend
+        return complete(evaluate(backend, names(3), survivors=survivors, rivals=rivals)[0])
+
+    def test_better_rivals_take_the_places(self) -> None:
+        common = table([0.0], 0.0).losses[names(1)[0]]
+        better = [rival(Mask.from_key(k), (common - 1).tolist()) for k in ("111111", "111110")]
+        assert self.race(better[:1]) == []
+        assert self.race(better[:1], survivors=2) == names(1)
+        assert self.race(better, survivors=2) == []
+
+    def test_worse_rivals_change_nothing(self) -> None:
+        common = table([0.0], 0.0).losses[names(1)[0]]
+        assert self.race([rival(self.far, (common + 9).tolist())]) == names(1)
+        assert self.race([]) == names(1)
+
+    @pytest.mark.parametrize("status", [Status.ELIMINATED, Status.NON_FINITE, Status.FAILED])
+    def test_rivals_that_are_not_complete_do_not_count(self, status: Status) -> None:
+        losses = (-100.0,) * (4 if status.has_loss else 0)
+        assert self.race([rival(self.far, losses, status)]) == names(1)
+
+
+def test_a_failure_ends_a_mask_and_frees_its_place() -> None:
+    first = names(1)[0]
+    backend = table([0.0, 0.2, 0.4], 0.01)
+    backend.failing = {(first, 1): Status.NON_FINITE}
+    found, cost = evaluate(backend, names(3), survivors=1)
+    assert [e.status for e in found] == [Status.NON_FINITE, Status.OK, Status.ELIMINATED]
+    assert (found[0].losses, found[0].tokens, found[0].loss) == ((), 0, None)
+    assert all(first not in masks for batch, masks in backend.asked if batch > 1)
+    assert cost == sum(ROWS * TOKENS * len(masks) for _, masks in backend.asked)
+
+
+def test_when_everything_fails_nothing_more_is_computed() -> None:
+    backend = table([0.0, 0.1], 0.0)
+    backend.failing = {(mask, 0): Status.OUT_OF_MEMORY for mask in names(2)}
+    found, _ = evaluate(backend, names(2), survivors=1)
+    assert [e.status for e in found] == [Status.OUT_OF_MEMORY] * 2
+    assert len(backend.asked) == 1
+    assert evaluate(backend, [])[0] == []
+
+
+def test_units_are_reported_as_they_are_done() -> None:
+    backend = table([0.0, 0.1], 0.01)
+    calls: list[tuple[int, int, float]] = []
+    _, cost = evaluate(backend, names(2), on_unit=lambda *call: calls.append(call))
+    assert [(done, total) for done, total, _ in calls] == [(i + 1, 8) for i in range(8)]
+    assert [spent for _, _, spent in calls] == sorted(spent for _, _, spent in calls)
+    assert calls[-1][2] == cost
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_on_a_real_model_the_race_finds_the_winner_of_the_whole_field(seed: int) -> None:
+    settings: dict[str, Any] = {"rows": 16, "tokens": 12, "batch_tokens": 24, "seed": seed}
+    backend = tiny_backend(model=tiny_model("llama", seed=seed), **settings)
+    masks = [mask for mask in assorted_masks(8, seed, count=24) if mask.dropped]
+    full, whole = evaluate(backend, masks)
+    raced, cost = evaluate(backend, masks, survivors=1)
+    winner = min(full, key=lambda e: e.order)
+    assert min(raced, key=lambda e: e.order) == winner
+    assert cost < whole
+    for a, b in zip(full, raced, strict=True):
+        assert b.losses == a.losses[: len(b.losses)]
+        assert (b.status is Status.OK) == (len(b.losses) == len(a.losses))
+    best = sorted(full, key=lambda e: e.order)[:4]
+    raced, _ = evaluate(backend, masks, survivors=4)
+    assert sorted(raced, key=lambda e: e.order)[:4] == best
