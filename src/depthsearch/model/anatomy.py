@@ -62,7 +62,8 @@ def describe(model: nn.Module) -> Anatomy:
             "new decoder-only family needs one row in depthsearch/model/families.py naming its "
             "attention, FFN and norms"
         )
-    if not callable(getattr(model, "get_output_embeddings", None)):
+    head = getattr(model, "get_output_embeddings", None)
+    if not callable(head) or head() is None:
         raise UnsupportedModelError(
             f"{name} has no language-model head: load the model as a causal language model"
         )
@@ -78,8 +79,9 @@ def describe(model: nn.Module) -> Anatomy:
     odd = [i for i, block in enumerate(blocks) if not _has(block, row)]
     if odd:
         raise UnsupportedModelError(
-            f"{name}: block {odd[0]} lacks '{row.attention}', '{row.ffn}' or one of their norms, "
-            "so the family's row in depthsearch/model/families.py does not describe it"
+            f"{name}: block {odd[0]} lacks '{row.attention}', '{row.ffn}', their output "
+            "projections or one of their norms, so the family's row in "
+            "depthsearch/model/families.py does not describe it"
         )
     sites = tuple(
         Site(2 * block + place, "decoder", block, kind)
@@ -93,7 +95,7 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     for path, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
-            and len(module) > 1
+            and len(module) > 0
             and len({type(block) for block in module}) == 1
             and any("attention" in type(part).__name__.lower() for part in module[0].modules())
         ):
@@ -102,4 +104,11 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 def _has(block: nn.Module, row: FamilyRow) -> bool:
     names = (row.attention, row.ffn, *row.attention_norms, *row.ffn_norms, *row.shared_norms)
-    return all(isinstance(getattr(block, name, None), nn.Module) for name in names)
+    if not all(isinstance(getattr(block, name, None), nn.Module) for name in names):
+        return False
+    attention, ffn = getattr(block, row.attention), getattr(block, row.ffn)
+    return (
+        "attention" in type(attention).__name__.lower()
+        and isinstance(getattr(attention, row.attention_out, None), nn.Module)
+        and isinstance(getattr(ffn, row.ffn_out, None), nn.Module)
+    )
