@@ -16,8 +16,8 @@ from depthsearch.sources import is_disk_full, quiet
 
 _INTERRUPTED = 130
 
-# Read by OpenMP when torch is first imported. Threads that spin while they wait make a search several
-# times slower as soon as anything else runs on the machine, and hardly faster when nothing does.
+# Read by OpenMP when torch is first imported. Threads that spin while they wait make a search
+# several times slower as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthsearch.calibration import Documents, Splits, batches, make_splits
-from depthsearch.calibration.windows import opening_tokens
+from depthsearch.calibration.windows import opening_tokens, text_windows
 from depthsearch.errors import DataError
 
 BOS, EOS = 2, 3
@@ -146,3 +146,34 @@ def test_batches_keep_order_and_size(count, window, batch_tokens):
 def test_batches_need_room():
     with pytest.raises(DataError, match="batch_tokens is 0"):
         batches(torch.zeros(1, 2), 0)
+
+
+def test_a_text_without_splits_is_used_whole(make_tokenizer):
+    docs = documents([7] * 50)
+    tokenizer = make_tokenizer()
+    windows = text_windows(docs, tokenizer, 8, 10**6)
+    assert windows.shape == (50, 8)  # 50 documents of 7 tokens, each with its end
+    assert words(windows) == {tokenizer(f"w{i}")["input_ids"][0] for i in range(50)}
+    part = text_windows(docs, tokenizer, 8, 83)
+    assert torch.equal(part, windows[:10])
+    repeated = Documents.of([*docs.texts, *docs.texts[:9]], "test")
+    assert torch.equal(text_windows(repeated, tokenizer, 8, 10**6), windows)
+
+
+def test_one_document_alone_can_be_evaluated(make_tokenizer):
+    windows = text_windows(documents([100]), make_tokenizer(adds_bos=True), 8, 10**6)
+    assert windows.shape == (14, 8)
+    assert set(windows[:, 0].tolist()) == {BOS}
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "tokens", "message"),
+    [
+        (3, 8, 80, "holds 4 tokens, less than one window of 8"),
+        (50, 1, 80, "windows of 1 tokens"),
+        (50, 8, 7, "at least one window"),
+    ],
+)
+def test_a_text_that_holds_no_window_is_refused(make_tokenizer, length, window, tokens, message):
+    with pytest.raises(DataError, match=message):
+        text_windows(documents([length]), make_tokenizer(), window, tokens)

@@ -92,6 +92,31 @@ def make_splits(
     return Splits(select, finals, heldout, digest.hexdigest(), window_tokens)
 
 
+def text_windows(documents: Documents, tokenizer: Any, window_tokens: int, tokens: int) -> Tensor:
+    """Windows `[n, window_tokens]` of a text that is not split, at most `tokens` tokens of it.
+
+    Each different document counts once, in one fixed shuffled order, so that a part of a long text
+    stands for the whole. Raises DataError where there is not even one window.
+    """
+    prefix = opening_tokens(tokenizer)
+    if window_tokens < len(prefix) + 2 or tokens < window_tokens:
+        raise DataError(
+            f"windows of {window_tokens} tokens in {tokens} tokens of text were asked for; "
+            f"allowed: {len(prefix) + 2} or more, and at least one window of text"
+        )
+    texts = list(dict.fromkeys(documents.texts))
+    order = np.random.default_rng(HELDOUT_SEED).permutation(len(texts))
+    packer = _Packer(tokenizer, prefix, window_tokens, documents.source)
+    body = window_tokens - len(prefix)
+    stream, _ = packer.stream([texts[i] for i in order], tokens // window_tokens * body)
+    if len(stream) < body:
+        raise DataError(
+            f"{documents.source}: holds {len(stream):,} tokens, less than one window of "
+            f"{window_tokens}; lower window_tokens, or give more text"
+        )
+    return packer.rows(stream, min(tokens // window_tokens, len(stream) // body))
+
+
 def batches(windows: Tensor, batch_tokens: int) -> tuple[Tensor, ...]:
     """Group `windows` `[n, window]` in order into batches of at most `batch_tokens` tokens.
 
@@ -131,18 +156,7 @@ class _Packer:
         """The windows of one split `[n, window]`, and how many of `texts` went into it."""
         count = tokens // self.window_tokens
         body = self.window_tokens - len(self.prefix)
-        stream: list[int] = []
-        used = 0
-        while len(stream) < count * body and used < len(texts):
-            chunk = list(texts[used : used + _DOCUMENTS_AT_ONCE])
-            encoded = self.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-            for ids in encoded:
-                stream += ids
-                if self.tokenizer.eos_token_id is not None:
-                    stream.append(self.tokenizer.eos_token_id)
-                used += 1
-                if len(stream) >= count * body:
-                    break
+        stream, used = self.stream(texts, count * body)
         if len(stream) < count * body:
             windows = len(stream) // body
             raise DataError(
@@ -150,9 +164,30 @@ class _Packer:
                 f"but its {len(texts):,} documents hold {windows * self.window_tokens:,}; lower "
                 f"{split}_tokens, {self._remedy(split)}, or give more text"
             )
+        return self.rows(stream, count), used
+
+    def stream(self, texts: Sequence[str], needed: int) -> tuple[list[int], int]:
+        """At least `needed` tokens of `texts` where there are so many, and how many were used."""
+        stream: list[int] = []
+        used = 0
+        while len(stream) < needed and used < len(texts):
+            chunk = list(texts[used : used + _DOCUMENTS_AT_ONCE])
+            encoded = self.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+            for ids in encoded:
+                stream += ids
+                if self.tokenizer.eos_token_id is not None:
+                    stream.append(self.tokenizer.eos_token_id)
+                used += 1
+                if len(stream) >= needed:
+                    break
+        return stream, used
+
+    def rows(self, stream: Sequence[int], count: int) -> Tensor:
+        """The first `count` windows of a stream."""
+        body = self.window_tokens - len(self.prefix)
         rows = torch.tensor(stream[: count * body], dtype=torch.int64).reshape(count, body)
         opening = torch.tensor(self.prefix, dtype=torch.int64).expand(count, len(self.prefix))
-        return torch.cat([opening, rows], dim=1), used
+        return torch.cat([opening, rows], dim=1)
 
     @staticmethod
     def _remedy(split: str) -> str:

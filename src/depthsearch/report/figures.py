@@ -192,7 +192,8 @@ def cost_picture(run: RunData) -> Picture:
         if losses:
             low, high = min(losses), max(losses)
             if len(steps) > len(finals):
-                low = min([low, *(p.evaluation.loss or low for p in steps)])
+                # The dense model's own loss can be zero, which no axis needs to reach.
+                low = max(low / 20, min([low, *(p.evaluation.loss or low for p in steps)]))
             # The contest is near the best; what lies far above it would squeeze it flat.
             high = min(high, max([2 * low, *(y for _, y in line)]))
             beyond = sum(loss > high for loss in losses)

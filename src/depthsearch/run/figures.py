@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from depthsearch import __version__
 from depthsearch.calibration.text import load_documents
-from depthsearch.calibration.windows import make_splits
+from depthsearch.calibration.windows import text_windows
 from depthsearch.errors import RunDirectoryError
 from depthsearch.export import CardData, ExportResult, Figure, export
 from depthsearch.model.load import LoadedModel, load_model
@@ -29,6 +29,8 @@ from depthsearch.run.session import Session
 from depthsearch.space import Budget, Mask
 
 EXPORT = "export.json"
+_CHECK_TOKENS = 24
+_PROMPT_TOKENS, _NEW_TOKENS = 256, 32
 
 OnStage = Callable[[str, int, int], None]
 
@@ -93,7 +95,8 @@ def export_run(
         out,
         data,
         overwrite=overwrite,
-        tokens=splits.heldout[:2],
+        # Windows too short for the check leave it to random ids.
+        tokens=splits.heldout[:2] if splits.window_tokens >= _CHECK_TOKENS else None,
         measure=figures,
     )
     summary = {
@@ -126,22 +129,13 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Perplexity, size and speed of a checkpoint, and of `beside` in the same run if given.
 
-    All of `text` counts as evaluation text: its documents in a fixed shuffled order, up to `tokens`
-    tokens. Raises InputError.
+    All of `text` counts as evaluation text: its documents in one fixed shuffled order, up to
+    `tokens` tokens. Raises InputError.
     """
     documents = load_documents(text, column)
     names = {"model": model} if beside is None else {"dense": beside, "model": model}
     loaded = {name: load_model(path, dtype, device) for name, path in names.items()}
-    windows = make_splits(
-        documents,
-        loaded["model"].tokenizer,
-        window_tokens,
-        tokens,
-        0,
-        0,
-        1e-9,
-        0,
-    ).select
+    windows = text_windows(documents, loaded["model"].tokenizer, window_tokens, tokens)
     return {
         "version": __version__,
         "text": documents.source,
@@ -173,8 +167,11 @@ def measure_beside(
                 f"perplexity, {name}", done, total
             ),
         )
+    prompt = _prompt_tokens(models.values())
     speeds = measure_speed(
         {name: loaded.model for name, loaded in models.items()},
+        prompt,
+        _NEW_TOKENS,
         repeats=repeats,
         on_progress=lambda done, total: stage("speed", done, total),
     )
@@ -186,10 +183,19 @@ def measure_beside(
         peak = speeds[name].peak_memory_bytes
         if peak is None and local.exists():
             dtype = str(loaded.dtype).removeprefix("torch.")
-            peak = peak_memory(local, dtype=dtype, device=str(loaded.device)).peak_bytes
+            peak = peak_memory(
+                local, prompt, _NEW_TOKENS, dtype=dtype, device=str(loaded.device)
+            ).peak_bytes
         rows.append(_row(name, texts[name], size, speeds[name], peak))
         stage("memory", place + 1, len(models))
     return rows
+
+
+def _prompt_tokens(models: Iterable[LoadedModel]) -> int:
+    """The usual prompt, or the longest that every model has room for before its answer."""
+    limits = [getattr(m.model.config, "max_position_embeddings", None) for m in models]
+    room = min((limit for limit in limits if isinstance(limit, int)), default=_PROMPT_TOKENS * 2)
+    return max(1, min(_PROMPT_TOKENS, room - _NEW_TOKENS))
 
 
 def _row(

@@ -75,6 +75,6 @@ def _difference(old: Any, new: Any, path: str = "") -> str:
             if old.get(key) != new.get(key):
                 below = f"{path}.{key}" if path else str(key)
                 return _difference(old.get(key), new.get(key), below)
-    if isinstance(old, list) or isinstance(new, list):
+    if isinstance(old, list | Mapping) or isinstance(new, list | Mapping):
         return f"'{path}'"
     return f"'{path}', {old} before and {new} now"

@@ -20,6 +20,9 @@ from depthsearch.run.ledger import Ledger
 from depthsearch.searchers import build_searcher, is_baseline
 from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
 
+_MOST_FAILURES = 100
+"""Failed evaluations in a row after which a search gives up."""
+
 
 class NothingFoundError(DepthsearchError):
     """No mask on budget could be evaluated."""
@@ -93,6 +96,7 @@ class SearchLoop:
         self._finishers: set[Mask] = set()
         self._spent = 0.0
         self._freed = 0.0
+        self._failures = 0
 
     def run(self, start: Mapping[str, Any]) -> Outcome:
         """Search; `start` is the first record.
@@ -103,17 +107,21 @@ class SearchLoop:
         hints = self._hints()
         plan = self._plan
         rng = np.random.default_rng([plan.seed, 1])
-        searcher = build_searcher(plan.method, self._space, hints, rng, plan.options)
+        options = dict(plan.options)
+        if self._ledger.replaying and options.get("storage") is not None:
+            # A replay rebuilds what the killed process left in the searcher's own storage.
+            options["fresh"] = True
+        searcher = build_searcher(plan.method, self._space, hints, rng, options)
         reason, number = "finished", 0
-        while True:
-            batch = self._affordable(searcher.ask(self._ask_size()))
-            if batch is None:
+        while (asked := searcher.ask(self._ask_size())).proposals:
+            batch = self._affordable(asked)
+            if len(batch.proposals) < len(asked.proposals):
                 reason = "budget"
-                break
             if not batch.proposals:
                 break
             evaluations = self._step(number, batch)
             searcher.tell(evaluations)
+            self._refuse_failures(evaluations)
             number += 1
         outcome = self._choose(reason)
         self._spent = outcome.cost_tokens
@@ -145,28 +153,30 @@ class SearchLoop:
         left = max(1, plan.max_evaluations - len(self._known))
         return left if plan.ask is None else min(left, plan.ask)
 
-    def _affordable(self, batch: Batch) -> Batch | None:
-        """The batch cut to what the limits still allow, or None where they allow nothing."""
+    def _affordable(self, batch: Batch) -> Batch:
+        """The batch cut to what the limits still allow, which may be nothing."""
         plan, proposals = self._plan, batch.proposals
-        if not proposals:
-            return batch
         if plan.max_evaluations is not None:
             proposals = proposals[: max(0, plan.max_evaluations - len(self._known))]
         if plan.cost_tokens is not None:
-            left = plan.cost_tokens - self._spent - self._reserve()
+            left = plan.cost_tokens - self._spent
             low, high = 0, len(proposals)
             while low < high:
                 middle = (low + high + 1) // 2
-                fits = self._select.plan([p.mask for p in proposals[:middle]]) <= left
+                some = proposals[:middle]
+                fits = self._select.plan([p.mask for p in some]) + self._reserve(some) <= left
                 low, high = (middle, high) if fits else (low, middle - 1)
             proposals = proposals[:low]
-        return Batch(proposals, batch.survivors, batch.rivals) if proposals else None
+        return Batch(proposals, batch.survivors, batch.rivals)
 
-    def _reserve(self) -> float:
-        """What the finals cost at most: every finalist and the best baseline, without sharing."""
-        # No mask costs more than the dense one, and the limit has to hold for any.
-        one = self._finals.plan([self._space.dense])
-        return self._finals.preparation + (self._plan.finalists + 1) * one
+    def _reserve(self, proposals: Sequence[Proposal]) -> float:
+        """What the finals cost at most after these: the finalists and the best baseline, unshared.
+
+        No mask costs more than the dense one, and the limit has to hold for any.
+        """
+        ready = len(self._finishers) + sum(proposal.final for proposal in proposals)
+        masks = min(self._plan.finalists + 1, max(1, ready))
+        return self._finals.preparation + masks * self._finals.plan([self._space.dense])
 
     def _step(self, number: int, batch: Batch) -> list[Evaluation]:
         survivors = batch.survivors if self._plan.racing else None
@@ -206,8 +216,18 @@ class SearchLoop:
             if proposal.final:
                 self._finishers.add(proposal.mask)
         self._freed = max(self._freed, self._freed_by(batch.proposals))
-        self._report("search", self._spent, 1.0, batch.proposals)
+        self._report("search", self._spent, 0.0, batch.proposals)
         return evaluations
+
+    def _refuse_failures(self, evaluations: Sequence[Evaluation]) -> None:
+        """End a search in which nothing but failures comes back."""
+        for evaluation in evaluations:
+            self._failures = 0 if evaluation.status.has_loss else self._failures + 1
+        if self._failures >= _MOST_FAILURES:
+            raise NothingFoundError(
+                f"the last {self._failures} masks all failed ({evaluations[-1].status}): check the "
+                "model's dtype and memory, then start a new run"
+            )
 
     def _choose(self, reason: str) -> Outcome:
         """Re-rank the finalists on fresh data; a challenger must beat the best baseline there."""

@@ -2,8 +2,9 @@
 
 Figures come as `[seeds, windows]`: one held-out loss for each search seed and text window. Windows
 are the same for all seeds, so seeds and windows are resampled crosswise (the "pigeonhole
-bootstrap", Owen 2007): resampling windows anew inside each seed would treat shared text as fresh text, and
-print intervals that are too narrow. With few seeds the interval mostly shows the noise of the text.
+bootstrap", Owen 2007): resampling windows anew inside each seed would treat shared text as fresh
+text, and print intervals that are too narrow. With few seeds the interval mostly shows the noise of
+the text.
 """
 
 from __future__ import annotations

@@ -2,18 +2,19 @@
 
 (mu + lambda) selection as in EvoPress (Alg. 1), with what its landscape asks for: it starts from
 the baselines instead of a random mask, moves whole runs of dropped genes beside single swaps, keeps
-several parents, and never evaluates a mask twice.
+several parents, and never evaluates a mask twice. Half of each generation is not random: the
+exchanges next to the gaps of the best mask, the most promising by the sweep first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from depthsearch.searchers.baselines import cheap_baselines
-from depthsearch.searchers.moves import Moves, weighted_index
+from depthsearch.searchers.moves import Moves, exchange_neighbours, weighted_index
 from depthsearch.searchers.oneshot import (
     RemovalRanking,
     rank_removals,
@@ -60,7 +61,9 @@ def evolution_plan(
     elite.learn((yield elite.batch(seeds)))
     if options.sweep and not space.fits(space.dense):
         sweep = removal_sweep(space)
-        answers = yield sweep
+        # The order matters most among the cheapest to lose; the others may be known roughly.
+        cheapest = max(options.parents, len(sweep.proposals) // 4)
+        answers = yield Batch(sweep.proposals, cheapest)
         elite.learn(answers)
         ranking = rank_removals(space, hints, answers)
         keys = ranking.keys
@@ -72,8 +75,18 @@ def evolution_plan(
 
     moves = Moves(space, rng, keys if options.guided else None)
     credit = Credit(moves.names)
+    exchanges: Iterator[Mask] = iter(())
+    best: Mask | None = None
     while True:
         born: dict[Mask, str] = {}
+        if elite.masks and elite.masks[0] != best:
+            best = elite.masks[0]
+            exchanges = iter(exchange_neighbours(space, best, keys))
+        for mask in exchanges:
+            if fresh.add(mask):
+                born[mask] = "exchange"
+            if len(born) >= options.offspring // 2:
+                break
         tries = _TRIES_AN_OFFSPRING * options.offspring if elite.masks else 0
         while len(born) < options.offspring and tries:
             tries -= 1

@@ -210,6 +210,43 @@ class Moves:
         return weighted_index(self._rng, weights)
 
 
+def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -> tuple[Mask, ...]:
+    """Masks on budget that put back one unit at the end of a gap and drop others for it.
+
+    Ordered by how much the keys of what is dropped grow: with the loss increases of single removals
+    as keys, by what each exchange would cost if increases added up.
+    """
+    value = {i: float(key) for gene, key in zip(space.genes, keys, strict=True) for i in gene}
+
+    def worth(unit: Iterable[int]) -> float:
+        return sum(value[i] for i in unit)
+
+    gaps = len(mask.runs)
+    found: dict[Mask, float] = {}
+    for larger in space.additions(mask):
+        back = frozenset(difference(larger, mask))
+        if len(larger.runs) > gaps:
+            continue
+        for smaller in space.removals(larger):
+            if back.intersection(difference(larger, smaller)):
+                continue
+            while not space.fits(smaller):
+                further = [
+                    m
+                    for m in space.removals(smaller)
+                    if not back.intersection(difference(smaller, m))
+                ]
+                if not further:
+                    break
+                smaller = min(further, key=lambda m: (worth(difference(smaller, m)), m.key))
+            if space.fits(smaller):
+                smaller = space.fill(smaller, keys)
+                change = worth(difference(mask, smaller)) - worth(difference(smaller, mask))
+                found.setdefault(smaller, change)
+    found.pop(mask, None)
+    return tuple(sorted(found, key=lambda m: (found[m], m.key)))
+
+
 def dropped_runs(kept: Sequence[bool]) -> list[Run]:
     """Maximal runs of False as half-open ranges."""
     return list(Mask(tuple(kept)).runs)

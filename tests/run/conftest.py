@@ -1,0 +1,36 @@
+"""Fixtures for the tests of whole runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_runs import write_workplace
+
+from depthsearch.config import load_config
+from depthsearch.run.session import Session
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only slow tiny models down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny llama checkpoint, a text and a run file."""
+    folder = tmp_path_factory.mktemp("workplace")
+    write_workplace(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def session(workplace: Path) -> Session:
+    """The workplace's run file, loaded; nothing in it changes."""
+    return Session.open(load_config(workplace / "run.yaml"))
