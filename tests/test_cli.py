@@ -314,12 +314,14 @@ class TestBadInput:
         assert listing(tmp_path) == []
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of `TestWholeWay` leave what the next ones need."""
+    return tmp_path_factory.mktemp("way")
+
+
 class TestWholeWay:
     """One packable run from its configuration to figures, and what stands in its way."""
-
-    @pytest.fixture(scope="class")
-    def place(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return tmp_path_factory.mktemp("way")
 
     def test_search(self, cli: Cli, workplace: Path, place: Path) -> None:
         found = cli(

@@ -116,9 +116,10 @@ def test_the_quickstart_does_the_main_job(folder: Path) -> None:
     rows = json.loads((out / "arms" / "evolution-seed0" / "export.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["dense", "pruned"]
     assert rows[1]["parameters"] < rows[0]["parameters"]
-    assert "<svg" in (out / "report.html").read_text() or "data:image" in (
-        out / "report.html"
-    ).read_text()
+    assert (
+        "<svg" in (out / "report.html").read_text()
+        or "data:image" in (out / "report.html").read_text()
+    )
     shutil.rmtree(out)
 
 

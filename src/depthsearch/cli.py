@@ -100,8 +100,10 @@ def compare(config: Config, out: Out, override: Set = None, as_json: Json = Fals
     from depthsearch.terminal import arm_bars, compare_table
 
     settings = load_config(config, override or [])
-    with arm_bars() as bars:
-        result = run_compare(settings, out, on_arm=bars, finish=write_report)
+    with arm_bars() as (on_arm, on_heldout):
+        result = run_compare(
+            settings, out, on_arm=on_arm, on_heldout=on_heldout, finish=write_report
+        )
     compare_report(result, out / "report.html")
     _show(result, as_json, lambda data: [compare_table(data), data["verdict"]])
     _say(f"Report: {out / 'report.html'}", as_json)

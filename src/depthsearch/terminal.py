@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from depthsearch.errors import DepthsearchError
-from depthsearch.run.compare import OnArm
+from depthsearch.run.compare import OnArm, OnHeldout
 from depthsearch.run.figures import MEASURES
 from depthsearch.run.loop import OnProgress
 from depthsearch.run.loop import Progress as SearchProgress
@@ -75,13 +75,17 @@ def _bar(detail: str) -> Iterator[Progress]:
         *([TextColumn(detail)] if detail else []),
         console=console,
     )
-    with progress as bar:
-        try:
-            yield bar
-        except DepthsearchError:
-            # The one line that says what is wrong stands alone.
-            bar.live.transient = True
-            raise
+    progress.start()
+    stop = progress.stop
+    try:
+        yield progress
+    except DepthsearchError:
+        # The one line that says what is wrong stands alone: no bar, and no line break after it.
+        progress.live.transient = True
+        stop = progress.live.stop
+        raise
+    finally:
+        stop()
 
 
 def best_table(best: Mapping[str, Any]) -> Table:
@@ -104,23 +108,19 @@ def best_table(best: Mapping[str, Any]) -> Table:
 def compare_table(result: Mapping[str, Any]) -> Table:
     """The arms of a comparison with their intervals, best first."""
     table = Table(title=f"Held-out figures, {result['budget_text']}")
-    for title in ("arm", "held-out KL", "95 % interval", "cross-entropy", "search loss"):
-        table.add_column(title, justify="left" if title == "arm" else "right")
-    for title in ("cost, tokens", "masks", "time", "seeds"):
+    table.add_column("arm")
+    for title in ("KL [95 % interval]", "cross-entropy", "cost, tokens", "masks", "time"):
         table.add_column(title, justify="right")
-    dense = result["dense"]
-    table.add_row("dense model", "0", "", f"{dense['heldout_ce']:.4f}", "", "", "", "", "")
+    table.add_row("dense model", "0", f"{result['dense']['heldout_ce']:.4f}", "", "", "")
     for row in sorted(result["summary"], key=lambda r: float(r["heldout_kl_mean"])):
+        interval = f"[{row['heldout_kl_low']:.4f}, {row['heldout_kl_high']:.4f}]"
         table.add_row(
-            row["arm"],
-            f"{row['heldout_kl_mean']:.4f}",
-            f"{row['heldout_kl_low']:.4f} – {row['heldout_kl_high']:.4f}",
+            row["arm"] + (f", {row['seeds']} seeds" if row["seeds"] > 1 else ""),
+            f"{row['heldout_kl_mean']:.4f} {interval}",
             f"{row['heldout_ce_mean']:.4f}",
-            f"{row['select_loss_mean']:.4f}",
             f"{row['cost_tokens_mean']:,.0f}",
             f"{row['evaluations_mean']:.0f}",
             f"{row['seconds_mean']:.0f} s",
-            str(row["seeds"]),
         )
     return table
 
@@ -165,8 +165,8 @@ def plus_minus(value: float | None, error: float | None) -> str:
 
 
 @contextmanager
-def arm_bars() -> Iterator[OnArm]:
-    """One live bar for each run of a comparison, one below the other."""
+def arm_bars() -> Iterator[tuple[OnArm, OnHeldout]]:
+    """One live bar for each run of a comparison and one for its held-out figures."""
     with _bar("{task.fields[detail]}") as bar:
 
         def start(arm: str, seed: int, done: int, runs: int) -> OnProgress:
@@ -174,7 +174,14 @@ def arm_bars() -> Iterator[OnArm]:
             task = bar.add_task(title, total=1.0, detail="")
             return _updater(bar, task, title)
 
-        yield start
+        tasks: list[TaskID] = []
+
+        def heldout(done: int, batches: int) -> None:
+            if not tasks:
+                tasks.append(bar.add_task("held-out figures", total=batches, detail=""))
+            bar.update(tasks[0], completed=done)
+
+        yield start, heldout
 
 
 def inspection_tables(found: Mapping[str, Any]) -> list[Table | str]:

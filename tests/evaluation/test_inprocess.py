@@ -280,7 +280,7 @@ def test_the_model_is_left_as_it_was() -> None:
             backend = tiny_backend(model=model, mode=mode)
             evaluate(backend, assorted_masks(SITES), survivors=2)
             backend.hints()
-            backend.measure(assorted_masks(SITES), [KLDivergence(), CrossEntropy()])
+            backend.figures(assorted_masks(SITES))
         after = model.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -356,7 +356,7 @@ def test_hints_are_similarities_of_the_residual_stream() -> None:
 def test_measure_gives_every_objective_over_all_windows() -> None:
     backend = tiny_backend(positions=1.0)
     masks = assorted_masks(SITES)
-    kl, ce = backend.measure(masks, [KLDivergence(), CrossEntropy()])
+    kl, ce = backend.figures(masks)
     assert kl.shape == ce.shape == (len(masks), 5)
     assert kl.dtype == torch.float64
     evaluations, _ = evaluate(backend, masks)

@@ -138,7 +138,7 @@ class TestSplits:
         assert backend.sequences == (4, 4, 4, 4)
         assert backend.window_tokens == 16
         judge = session.judge(splits.heldout, CrossEntropy())
-        (losses,) = judge.measure([session.space.dense], [CrossEntropy()])
+        _, losses = judge.figures([session.space.dense])
         with torch.no_grad():
             plain = session.loaded.model(input_ids=splits.heldout, labels=splits.heldout).loss
         assert float(losses.mean()) == pytest.approx(float(plain), rel=1e-5)

@@ -45,19 +45,7 @@ class KLDivergence:
     def losses(
         self, logits: Logits, students: Sequence[Tensor], teacher: Tensor, targets: Tensor
     ) -> Tensor:
-        result = torch.empty((len(students), teacher.shape[0]), dtype=torch.float32)
-        for chunk in _chunks(teacher.shape[0]):
-            reference = logits(teacher[chunk]).float()
-            normalizer = torch.logsumexp(reference, dim=-1)
-            probabilities = torch.softmax(reference, dim=-1)
-            # KL = sum p (z_p - z_q) - lse_p + lse_q needs no log-probabilities of the vocabulary.
-            constant = torch.linalg.vecdot(probabilities, reference) - normalizer
-            del reference
-            for row, student in enumerate(students):
-                scores = logits(student[chunk]).float()
-                kl = constant - torch.linalg.vecdot(probabilities, scores)
-                result[row, chunk] = (kl + torch.logsumexp(scores, dim=-1)).cpu()
-        return result
+        return figures(logits, students, teacher, targets)[0]
 
 
 class CrossEntropy:
@@ -69,13 +57,36 @@ class CrossEntropy:
     def losses(
         self, logits: Logits, students: Sequence[Tensor], teacher: Tensor, targets: Tensor
     ) -> Tensor:
-        result = torch.empty((len(students), targets.shape[0]), dtype=torch.float32)
-        for chunk in _chunks(targets.shape[0]):
-            for row, student in enumerate(students):
-                scores = logits(student[chunk]).float()
-                chosen = scores.gather(-1, targets[chunk].unsqueeze(-1)).squeeze(-1)
-                result[row, chunk] = (torch.logsumexp(scores, dim=-1) - chosen).cpu()
-        return result
+        return figures(logits, students, None, targets)[1]
+
+
+def figures(
+    logits: Logits, students: Sequence[Tensor], teacher: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL divergence and cross-entropy, each `[mask, position]`, from one set of logits.
+
+    Arguments as in `Objective.losses`; without a teacher the KL divergence is zero.
+    """
+    kl = torch.zeros((len(students), targets.shape[0]), dtype=torch.float32)
+    cross_entropy = torch.empty_like(kl)
+    for chunk in _chunks(targets.shape[0]):
+        probabilities = constant = None
+        if teacher is not None:
+            reference = logits(teacher[chunk]).float()
+            probabilities = torch.softmax(reference, dim=-1)
+            # KL = sum p (z_p - z_q) - lse_p + lse_q needs no log-probabilities of the vocabulary.
+            constant = torch.linalg.vecdot(probabilities, reference)
+            constant -= torch.logsumexp(reference, dim=-1)
+            del reference
+        for row, student in enumerate(students):
+            scores = logits(student[chunk]).float()
+            normalizer = torch.logsumexp(scores, dim=-1)
+            if probabilities is not None:
+                divergence = constant - torch.linalg.vecdot(probabilities, scores) + normalizer
+                kl[row, chunk] = divergence.cpu()
+            chosen = scores.gather(-1, targets[chunk].unsqueeze(-1)).squeeze(-1)
+            cross_entropy[row, chunk] = (normalizer - chosen).cpu()
+    return kl, cross_entropy
 
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {

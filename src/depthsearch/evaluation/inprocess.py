@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthsearch.calibration.objectives import Objective
+from depthsearch.calibration.objectives import Objective, figures
 from depthsearch.calibration.windows import batches
 from depthsearch.errors import DataError, ModelError
 from depthsearch.evaluation.backend import UnitResult
@@ -101,7 +101,9 @@ class InProcess:
         )
 
     def _run(self, batch: int, masks: Sequence[Mask]) -> UnitResult:
-        (losses,), executed = self._measure(batch, masks, [self._objective])
+        students, teacher, targets, executed = self._at_positions(batch, masks)
+        found = self._objective.losses(self._replayer.logits, students, teacher, targets)
+        losses = self._by_sequence(batch, found)
         finite = losses.isfinite().all(-1).tolist()
         return UnitResult(
             tuple(
@@ -111,19 +113,32 @@ class InProcess:
             self._cost(executed, len(masks), self._positions[batch]),
         )
 
-    def measure(self, masks: Sequence[Mask], objectives: Sequence[Objective]) -> list[Tensor]:
-        """Losses `[mask, sequence]` in float64 for each objective, over all batches at once.
+    def figures(
+        self, masks: Sequence[Mask], on_batch: Callable[[int, int], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """KL divergence and cross-entropy, each `[mask, sequence]` in float64, on every batch.
 
-        For reporting: several figures from one pass, with no racing and no cost counted.
+        For reporting: both from one pass, with no racing and no cost counted.
         """
-        parts = [self._measure(i, masks, objectives)[0] for i in range(len(self._batches))]
-        return [torch.cat(found, dim=1) for found in zip(*parts, strict=True)]
+        parts: list[tuple[Tensor, ...]] = []
+        for batch in range(len(self._batches)):
+            students, teacher, targets, _ = self._at_positions(batch, masks)
+            found = figures(self._replayer.logits, students, teacher, targets)
+            parts.append(tuple(self._by_sequence(batch, part) for part in found))
+            if on_batch is not None:
+                on_batch(batch + 1, len(self._batches))
+        kl, cross_entropy = (torch.cat(found, dim=1) for found in zip(*parts, strict=True))
+        return kl, cross_entropy
 
     @torch.no_grad()
-    def _measure(
-        self, batch: int, masks: Sequence[Mask], objectives: Sequence[Objective]
-    ) -> tuple[list[Tensor], list[int]]:
-        """Losses `[mask, sequence]` for each objective, and how often each site was executed."""
+    def _at_positions(
+        self, batch: int, masks: Sequence[Mask]
+    ) -> tuple[list[Tensor], Tensor, Tensor, list[int]]:
+        """What an objective needs of one batch, and how often each site was executed.
+
+        Hidden states `[sequence * count, hidden]` of every mask and of the dense model at the
+        positions looked at, and the next tokens there.
+        """
         recording = self._recording(batch)
         positions = self._positions[batch]
         states: dict[int, Tensor] = {}
@@ -132,16 +147,17 @@ class InProcess:
             states[place] = _at(hidden, positions)
 
         executed = self._hidden_states(recording, masks, leaf)
-        students = [states[place] for place in range(len(masks))]
-        teacher = _at(recording.last, positions)
-        targets = recording.ids.gather(1, positions + 1).flatten()
-        return [
-            objective.losses(self._replayer.logits, students, teacher, targets)
-            .double()
-            .unflatten(1, tuple(positions.shape))
-            .mean(-1)
-            for objective in objectives
-        ], executed
+        return (
+            [states[place] for place in range(len(masks))],
+            _at(recording.last, positions),
+            recording.ids.gather(1, positions + 1).flatten(),
+            executed,
+        )
+
+    def _by_sequence(self, batch: int, losses: Tensor) -> Tensor:
+        """The mean over positions: `[mask, sequence]` of `[mask, sequence * count]`."""
+        by_sequence: Tensor = losses.double().unflatten(1, tuple(self._positions[batch].shape))
+        return by_sequence.mean(-1)
 
     def plan(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from depthsearch import __version__
-from depthsearch.calibration.objectives import CrossEntropy, KLDivergence
 from depthsearch.config import CompareConfig, RunConfig, SearchConfig, load_config, resolved_yaml
 from depthsearch.errors import ConfigError, RunDirectoryError
 from depthsearch.journal import read_journal
@@ -36,6 +35,7 @@ from depthsearch.space import Mask
 COMPARE = "compare.json"
 ARMS = "arms"
 
+OnHeldout = Callable[[int, int], None]
 OnArm = Callable[[str, int, int, int], OnProgress | None]
 
 
@@ -45,12 +45,14 @@ def compare(
     *,
     session: Session | None = None,
     on_arm: OnArm | None = None,
+    on_heldout: OnHeldout | None = None,
     finish: Finish | None = None,
 ) -> dict[str, Any]:
     """Run every arm with every seed below `out`, measure all on held-out text, and sum up.
 
     An `out` that holds the same comparison, unfinished, is continued. `on_arm(arm, seed, runs
-    done, runs)` is called before each run and may return its progress callback. Returns what
+    done, runs)` is called before each run and may return its progress callback, `on_heldout(batches
+    done, batches)` while held-out text is scored. Returns what
     compare.json holds. Raises ConfigError without arms, RunDirectoryError where `out` holds
     something else.
     """
@@ -80,7 +82,7 @@ def compare(
         entries.append(entry)
         if arm == config.compare.cost_tokens:
             costs[seed] = entry["cost_tokens"]
-    result = _summary(session, config, entries)
+    result = _summary(session, config, entries, on_heldout)
     write_json(out / COMPARE, result)
     return result
 
@@ -184,13 +186,18 @@ def _busy_seconds(records: Sequence[Mapping[str, Any]]) -> float:
     return float(records[-1]["time"] - records[0]["time"])
 
 
-def _summary(session: Session, config: RunConfig, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(
+    session: Session,
+    config: RunConfig,
+    entries: list[dict[str, Any]],
+    on_heldout: OnHeldout | None,
+) -> dict[str, Any]:
     assert config.compare is not None
     seeds = config.compare.seeds
     splits = session.splits(seeds[0])
     masks = list(dict.fromkeys([session.space.dense.key, *(e["mask"] for e in entries)]))
-    judge = session.judge(splits.heldout, KLDivergence())
-    kl, ce = judge.measure([Mask.from_key(key) for key in masks], [KLDivergence(), CrossEntropy()])
+    judge = session.judge(splits.heldout)
+    kl, ce = judge.figures([Mask.from_key(key) for key in masks], on_heldout)
     kl_of = dict(zip(masks, kl.tolist(), strict=True))
     ce_of = dict(zip(masks, ce.tolist(), strict=True))
     for entry in entries:

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from depthsearch import __version__
-from depthsearch.calibration.objectives import OBJECTIVES, Objective
+from depthsearch.calibration.objectives import OBJECTIVES, KLDivergence, Objective
 from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.calibration.windows import Splits, make_splits
 from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
@@ -72,12 +72,15 @@ class Session:
     def backend(self, windows: torch.Tensor, seed: int) -> InProcess:
         """The in-process backend for the configured objective on `windows`."""
         objective = self.config.objective
-        return self.judge(windows, OBJECTIVES[objective.kind](), objective.positions, seed)
+        return self._in_process(windows, OBJECTIVES[objective.kind](), objective.positions, seed)
 
-    def judge(
-        self, windows: torch.Tensor, objective: Objective, positions: float = 1.0, seed: int = 0
+    def judge(self, windows: torch.Tensor) -> InProcess:
+        """An in-process backend for held-out figures, on every position."""
+        return self._in_process(windows, KLDivergence(), 1.0, 0)
+
+    def _in_process(
+        self, windows: torch.Tensor, objective: Objective, positions: float, seed: int
     ) -> InProcess:
-        """An in-process backend for any objective, by default on every position."""
         return InProcess(
             self.loaded.model,
             self.anatomy,
