@@ -2,10 +2,11 @@
 
     python benchmarks/kills.py CONFIG [--kills 20] [--seed 0] [--set key=value ...] [--out FILE]
 
-Runs the search once undisturbed. Then the same search is started, ended by SIGKILL at a random moment,
-resumed, killed again and so on; a run that ends before its moment comes is compared, and another one
-is started. After the last kill the run is resumed to its end. Every journal (time stamps aside) and
-every best.json must equal the undisturbed one. Prints one JSON document; exits with 1 on a difference.
+Runs the search once undisturbed. Then the same search is started, ended by SIGKILL at a random
+moment, resumed, killed again and so on; a run that ends before its moment comes is compared, and
+another one is started. After the last kill the run is resumed to its end. Every journal (time stamps
+aside) and every best.json must equal the undisturbed one. Prints one JSON document; exits with 1 on a
+difference.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ import numpy as np
 
 from depthsearch import __version__
 from depthsearch.journal import read_journal, without_times
+
+
+_KILLS_A_RUN = 5
+_WHILE_LOADING = 0.1
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,16 @@ def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             runs.append(run)
         resuming = run.exists()
         command = ["resume", str(run)] if resuming else [*search, "--out", str(run), *overrides]
-        # Most moments fall into the search itself, some into loading and some into the report.
-        moment = rng.uniform(0.7 * ready_seconds, undisturbed_seconds)
-        ended = killed_after(start(command), moment)
-        if ended:
-            kills.append(Kill(len(runs) - 1, command[0], round(moment, 2), records(run)))
+        # Most moments fall into the search, spread over its journal; some into loading.
+        if rng.random() < _WHILE_LOADING:
+            size, delay = 0.0, float(rng.uniform(0, ready_seconds))
+        else:
+            size = journal_bytes(run) + rng.uniform(0, 2 / _KILLS_A_RUN) * journal_bytes(reference)
+            delay = float(rng.uniform(0, 2 * searching_seconds(reference) / records(reference)))
+        began = time.monotonic()
+        if killed(start(command), run, int(size), delay):
+            seconds = round(time.monotonic() - began, 2)
+            kills.append(Kill(len(runs) - 1, command[0], seconds, records(run)))
     if not runs[-1].exists():
         finish(start([*search, "--out", str(runs[-1]), *overrides]))
     elif not (runs[-1] / "best.json").exists():
@@ -119,17 +129,24 @@ def finish(process: subprocess.Popen[bytes]) -> None:
         sys.exit(f"a command failed: {problems.decode(errors='replace').strip()}")
 
 
-def killed_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Kill a command after `seconds`; False where it had ended by then."""
+def killed(process: subprocess.Popen[bytes], run: Path, size: int, delay: float) -> bool:
+    """Kill a command `delay` seconds after the journal holds `size` bytes; False if it ended."""
+    while process.poll() is None and journal_bytes(run) < size:
+        time.sleep(0.002)
     try:
-        _, problems = process.communicate(timeout=seconds)
+        process.wait(timeout=delay)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         return process.returncode == -signal.SIGKILL
-    if process.returncode != 0:
-        sys.exit(f"a command failed: {problems.decode(errors='replace').strip()}")
+    finish(process)
     return False
+
+
+def journal_bytes(run: Path) -> int:
+    """The size of a run's journal, 0 where there is none yet."""
+    path = run / "journal.jsonl"
+    return path.stat().st_size if path.exists() else 0
 
 
 def records(run: Path) -> int:

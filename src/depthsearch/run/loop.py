@@ -154,29 +154,43 @@ class SearchLoop:
         return left if plan.ask is None else min(left, plan.ask)
 
     def _affordable(self, batch: Batch) -> Batch:
-        """The batch cut to what the limits still allow, which may be nothing."""
+        """The batch cut to what the limits still allow, which may be nothing.
+
+        A batch that would be cut to less than a quarter for its cost ends the search instead: a
+        handful of masks shares no prefixes, so its evaluations are dear.
+        """
         plan, proposals = self._plan, batch.proposals
         if plan.max_evaluations is not None:
             proposals = proposals[: max(0, plan.max_evaluations - len(self._known))]
         if plan.cost_tokens is not None:
-            left = plan.cost_tokens - self._spent
+            left = plan.cost_tokens - self._spent - self._reserve()
             low, high = 0, len(proposals)
             while low < high:
                 middle = (low + high + 1) // 2
-                some = proposals[:middle]
-                fits = self._select.plan([p.mask for p in some]) + self._reserve(some) <= left
+                fits = self._select.plan([p.mask for p in proposals[:middle]]) <= left
                 low, high = (middle, high) if fits else (low, middle - 1)
-            proposals = proposals[:low]
+            small = self._finishers and 4 * low < len(proposals)
+            proposals = proposals[: 0 if small else low]
         return Batch(proposals, batch.survivors, batch.rivals)
 
-    def _reserve(self, proposals: Sequence[Proposal]) -> float:
-        """What the finals cost at most after these: the finalists and the best baseline, unshared.
+    def _reserve(self) -> float:
+        """What the finals would cost with the finalists known by now.
 
-        No mask costs more than the dense one, and the limit has to hold for any.
+        At least two dense models' worth, since two masks are compared there whatever the limit.
         """
-        ready = len(self._finishers) + sum(proposal.final for proposal in proposals)
-        masks = min(self._plan.finalists + 1, max(1, ready))
-        return self._finals.preparation + masks * self._finals.plan([self._space.dense])
+        masks, _ = self._finalists()
+        two = 2 * self._finals.plan([self._space.dense])
+        return self._finals.preparation + max(two, self._finals.plan(masks))
+
+    def _finalists(self) -> tuple[list[Mask], list[Mask]]:
+        """The masks to re-rank, the best and the best baseline first, and all baselines."""
+        complete = sorted(
+            (e for mask in self._finishers if (e := self._known[mask]).status is Status.OK),
+            key=lambda evaluation: evaluation.order,
+        )
+        baselines = [e.mask for e in complete if is_baseline(self._origins[e.mask])]
+        ranked = [e.mask for e in complete[: max(1, self._plan.finalists)]]
+        return list(dict.fromkeys([*ranked[:1], *baselines[:1], *ranked])), baselines
 
     def _step(self, number: int, batch: Batch) -> list[Evaluation]:
         survivors = batch.survivors if self._plan.racing else None
@@ -231,17 +245,11 @@ class SearchLoop:
 
     def _choose(self, reason: str) -> Outcome:
         """Re-rank the finalists on fresh data; a challenger must beat the best baseline there."""
-        complete = sorted(
-            (
-                self._known[mask]
-                for mask in self._finishers
-                if self._known[mask].status is Status.OK
-            ),
-            key=lambda evaluation: evaluation.order,
-        )
-        baselines = [e.mask for e in complete if is_baseline(self._origins[e.mask])]
-        masks = [e.mask for e in complete[: max(1, self._plan.finalists)]]
-        masks += [mask for mask in baselines[:1] if mask not in masks]
+        masks, baselines = self._finalists()
+        if self._plan.cost_tokens is not None:
+            left = self._plan.cost_tokens - self._spent - self._finals.preparation
+            while len(masks) > 2 and self._finals.plan(masks) > left:
+                masks.pop()
         if not masks:
             raise NothingFoundError(
                 f"none of {len(self._known)} evaluated masks met the budget and had a finite loss; "
