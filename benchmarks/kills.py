@@ -4,9 +4,9 @@
 
 Runs the search once undisturbed. Then the same search is started, ended by SIGKILL at a random
 moment, resumed, killed again and so on; a run that ends before its moment comes is compared, and
-another one is started. After the last kill the run is resumed to its end. Every journal (time stamps
-aside) and every best.json must equal the undisturbed one. Prints one JSON document; exits with 1 on a
-difference.
+another one is started. After the last kill the run is resumed to its end. Every journal (time
+stamps aside) and every best.json must equal the undisturbed one. Prints one JSON document; exits
+with 1 on a difference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import numpy as np
 
 from depthsearch import __version__
 from depthsearch.journal import read_journal, without_times
-
 
 _KILLS_A_RUN = 5
 _WHILE_LOADING = 0.1

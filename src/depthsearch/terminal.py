@@ -18,10 +18,12 @@ from rich.progress import (
 from rich.table import Table
 
 from depthsearch.errors import DepthsearchError
+from depthsearch.report.wording import stretches
 from depthsearch.run.compare import OnArm, OnHeldout
 from depthsearch.run.figures import MEASURES
 from depthsearch.run.loop import OnProgress
 from depthsearch.run.loop import Progress as SearchProgress
+from depthsearch.space import Mask, Site, parse_site_name
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -93,7 +95,7 @@ def best_table(best: Mapping[str, Any]) -> Table:
     table = Table(title="Best mask", show_header=False)
     dense, cost = best["dense_cost"], best["cost"]
     table.add_row("found by", str(best["origin"]))
-    table.add_row("dropped", dropped_text(best["dropped"]))
+    table.add_row("dropped", dropped_text(best))
     table.add_row("budget", str(best["budget_text"]))
     table.add_row(
         str(best["metric"]),
@@ -109,8 +111,8 @@ def compare_table(result: Mapping[str, Any]) -> Table:
     """The arms of a comparison with their intervals, best first."""
     table = Table(title=f"Held-out figures, {result['budget_text']}")
     table.add_column("arm")
-    for title in ("KL [95 % interval]", "cross-entropy", "cost, tokens", "masks", "time"):
-        table.add_column(title, justify="right")
+    for title in ("KL [95 % interval]", "CE, nats", "cost", "masks", "time"):
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_row("dense model", "0", f"{result['dense']['heldout_ce']:.4f}", "", "", "")
     for row in sorted(result["summary"], key=lambda r: float(r["heldout_kl_mean"])):
         interval = f"[{row['heldout_kl_low']:.4f}, {row['heldout_kl_high']:.4f}]"
@@ -146,15 +148,13 @@ def figures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def dropped_text(names: Sequence[str]) -> str:
-    """Site names with both sublayers of a block folded into the block's name."""
-    blocks: dict[str, list[str]] = {}
-    for name in names:
-        block, _, kind = name.rpartition(".")
-        blocks.setdefault(block, []).append(kind)
-    return ", ".join(
-        block if len(kinds) > 1 else f"{block}.{kinds[0]}" for block, kinds in blocks.items()
-    )
+def dropped_text(best: Mapping[str, Any]) -> str:
+    """What a best.json drops, neighbouring blocks folded into ranges."""
+    mask = Mask.from_key(best["mask"])
+    kept, dropped = iter(best["kept"]), iter(best["dropped"])
+    names = [next(kept if flag else dropped) for flag in mask.keep]
+    sites = [Site(i, *parse_site_name(name)) for i, name in enumerate(names)]
+    return stretches(mask, sites)
 
 
 def plus_minus(value: float | None, error: float | None) -> str:
