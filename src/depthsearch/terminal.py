@@ -12,7 +12,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -40,12 +39,12 @@ def search_bar(title: str) -> Iterator[OnProgress]:
 
 def _updater(bar: Progress, task: TaskID, title: str) -> OnProgress:
     def update(progress: SearchProgress) -> None:
-        best = "" if progress.best_loss is None else f", best loss {progress.best_loss:.4f}"
+        best = "" if progress.best_loss is None else f", best {progress.best_loss:.4f}"
         bar.update(
             task,
             completed=1.0 if progress.phase == "done" else min(progress.fraction, 0.999),
             description=f"{title} · {progress.phase}",
-            detail=f"{progress.cost_tokens:,.0f} tokens, {progress.evaluations} masks{best}",
+            detail=f"{progress.cost_tokens / 1000:,.0f}k tokens{best}",
         )
 
     return update
@@ -67,13 +66,12 @@ def stage_bar() -> Iterator[Any]:
 
 @contextmanager
 def _bar(detail: str) -> Iterator[Progress]:
+    # Few and narrow columns, so that the time left shows on a terminal of 80 characters.
     progress = Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=10),
         TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         *([TextColumn(detail)] if detail else []),
         console=console,
     )
@@ -170,7 +168,7 @@ def arm_bars() -> Iterator[tuple[OnArm, OnHeldout]]:
     with _bar("{task.fields[detail]}") as bar:
 
         def start(arm: str, seed: int, done: int, runs: int) -> OnProgress:
-            title = f"[{done + 1}/{runs}] {arm}, seed {seed}"
+            title = f"{done + 1}/{runs} {arm} seed {seed}"
             task = bar.add_task(title, total=1.0, detail="")
             return _updater(bar, task, title)
 
