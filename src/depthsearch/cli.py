@@ -42,6 +42,7 @@ Set = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Turns of the speed measurement.")]
 
 
@@ -51,13 +52,16 @@ def inspect(
     context_tokens: Annotated[int, typer.Option(help="Context for FLOPs and KV bytes.")] = 2048,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's sites, what each one costs, and whether masking it is exact."""
     from depthsearch.run.inspection import inspect_model
     from depthsearch.terminal import inspection_tables
 
-    found = inspect_model(model, context_tokens=context_tokens, dtype=dtype, device=device)
+    found = inspect_model(
+        model, context_tokens=context_tokens, dtype=dtype, device=device, revision=revision
+    )
     _show(found, as_json, inspection_tables)
 
 
@@ -138,6 +142,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id, directory or GGUF file.")],
     text: Annotated[str, typer.Option(help="Held-out text: a file, a folder or a hub data set.")],
     column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
+    subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
+    revision: Revision = None,
     beside: Annotated[
         str | None, typer.Option(help="The dense model, measured in turns in the same run.")
     ] = None,
@@ -157,6 +164,9 @@ def evaluate(
             model,
             text,
             column=column,
+            split=split,
+            subset=subset,
+            revision=revision,
             beside=beside,
             window_tokens=window_tokens,
             tokens=tokens,
@@ -204,7 +214,11 @@ def main() -> None:
         # Inside a command typer turns Ctrl-C into an exit without a word.
         if isinstance(error, SystemExit) and error.code != _INTERRUPTED:
             raise
-        _fail("interrupted; continue a search with `depthsearch resume RUN`", _INTERRUPTED)
+        _fail(
+            "interrupted; a search continues with `depthsearch resume RUN`, a comparison with the "
+            "same command",
+            _INTERRUPTED,
+        )
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -218,28 +232,28 @@ def _fail(message: str, code: int) -> None:
 
 
 def _show(data: Any, as_json: bool, lines: Any) -> None:
-    from depthsearch.terminal import console
+    from depthsearch.terminal import results
 
     if as_json:
         typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
         return
     for line in lines(data):
-        console.print(line)
+        results.print(line)
 
 
 def _say(text: str, quiet_please: bool = False) -> None:
-    from depthsearch.terminal import console
+    from depthsearch.terminal import results
 
     if not quiet_please:
-        console.print(text)
+        results.print(text)
 
 
 def _finished(run: Path) -> None:
     from depthsearch.run.directory import BEST, REPORT, read_json
-    from depthsearch.terminal import best_table, console
+    from depthsearch.terminal import best_table, results
 
-    console.print(best_table(read_json(run / BEST, "the run has not finished")))
-    console.print(f"Report: {run / REPORT}")
+    results.print(best_table(read_json(run / BEST, "the run has not finished")))
+    results.print(f"Report: {run / REPORT}")
 
 
 if __name__ == "__main__":

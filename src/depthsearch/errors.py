@@ -10,7 +10,8 @@
     │   ├── BudgetError          a budget that is malformed or out of reach
     │   ├── ExportError          a mask that the chosen format can't express
     │   ├── RunDirectoryError    a run directory that exists already, or is not one
-    │   └── JournalError         a journal that is damaged or belongs to another run
+    │   ├── JournalError         a journal that is damaged or belongs to another run
+    │   └── NothingFoundError    a search that ended without a usable mask on budget
     ├── StorageError             the disk is full, or refuses to be written       (exit code 2)
     └── SelfCheckError           the masked model contradicts its own reference   (exit code 1)
 
@@ -70,6 +71,10 @@ class RunDirectoryError(InputError):
 
 class JournalError(InputError):
     """A journal is damaged before its last line, or was written by another run or version."""
+
+
+class NothingFoundError(InputError):
+    """No mask on budget could be evaluated within the limits, or all evaluations failed."""
 
 
 class StorageError(DepthsearchError):

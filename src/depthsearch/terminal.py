@@ -25,6 +25,10 @@ from depthsearch.run.loop import Progress as SearchProgress
 from depthsearch.space import Mask, Site, parse_site_name
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""For what is read while one waits."""
+
+results = Console(highlight=False, soft_wrap=True)
+"""For what a command was called for; nothing else goes to standard output."""
 
 
 @contextmanager

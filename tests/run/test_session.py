@@ -10,7 +10,6 @@ import torch
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import workplace_config, write_config, write_workplace
 
-from depthsearch.calibration.objectives import CrossEntropy
 from depthsearch.config import SpaceConfig, load_config
 from depthsearch.errors import BudgetError, ConfigError, DataError, MaskError, ModelError
 from depthsearch.model.anatomy import describe
@@ -137,8 +136,7 @@ class TestSplits:
         backend = session.backend(splits.select, 0)
         assert backend.sequences == (4, 4, 4, 4)
         assert backend.window_tokens == 16
-        judge = session.judge(splits.heldout, CrossEntropy())
-        _, losses = judge.figures([session.space.dense])
+        _, losses = session.judge(splits.heldout).figures([session.space.dense])
         with torch.no_grad():
             plain = session.loaded.model(input_ids=splits.heldout, labels=splits.heldout).loss
         assert float(losses.mean()) == pytest.approx(float(plain), rel=1e-5)

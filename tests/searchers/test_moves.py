@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from landscapes import SPACES, toy
 
-from depthsearch.searchers.moves import Moves, dropped_runs, weighted_index
+from depthsearch.searchers.moves import (
+    Moves,
+    dropped_runs,
+    exchange_neighbours,
+    weighted_index,
+)
 from depthsearch.space import Budget, Mask, SearchSpace, SiteCosts
 
 LARGE: dict[str, SearchSpace] = {
@@ -163,3 +168,28 @@ def test_moves_on_a_space_with_shared_costs() -> None:
         for _ in range(20):
             child = moves.apply(name, random_mask(parallel, rng), random_mask(parallel, rng))
             assert child is None or parallel.on_budget(child)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(name=st.sampled_from(sorted(SPACES)), seed=st.integers(0, 10_000))
+def test_exchanges_stay_on_budget_and_open_no_new_gap_when_they_put_back(
+    name: str, seed: int
+) -> None:
+    space = SPACES[name]
+    rng = np.random.default_rng(seed)
+    mask = space.repair(space.dense, rng)
+    keys = [float(key) for key in rng.random(len(space.genes))]
+    found = exchange_neighbours(space, mask, keys)
+    assert mask not in found
+    assert len(set(found)) == len(found)
+    assert all(space.on_budget(other) for other in found)
+
+
+def test_exchanges_come_in_order_of_what_they_promise() -> None:
+    space = toy(4, Budget("sites", drop=2))
+    mask = Mask.dropping(8, [2, 3])
+    keys = [0.9, 0.8, 0.5, 0.4, 0.1, 0.2, 0.3, 0.7]
+    found = exchange_neighbours(space, mask, keys)
+    assert found[0] == Mask.dropping(8, [3, 4])
+    change = [sum(keys[i] for i in other.dropped) for other in found]
+    assert change == sorted(change)

@@ -14,7 +14,7 @@ from landscapes import SPACES, Landscape, drive, proposals, toy, unreliable
 from optuna.trial import TrialState
 
 from depthsearch.errors import ConfigError
-from depthsearch.searchers import build_searcher, cheap_baselines
+from depthsearch.searchers import build_searcher, cheap_baselines, check_storage
 from depthsearch.searchers.optuna_keys import OptunaOptions, OptunaSearcher
 from depthsearch.space import Budget, Evaluation, Proposal, SearchSpace, Status
 
@@ -164,3 +164,13 @@ def test_options_have_safe_defaults() -> None:
     options = OptunaOptions()
     assert options.storage is None
     assert not options.fresh
+
+
+def test_what_cannot_work_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    check_storage("optuna", {"storage": f"journal:{tmp_path / 'study.log'}"})
+    for storage in (f"sqlite:///{tmp_path}/missing/study.db", "nothing://user:secret@host/0"):
+        with pytest.raises(ConfigError) as caught:
+            check_storage("optuna", {"storage": storage})
+        assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match="pickle"):
+        check_storage("optuna", {"sampler": "cmaes", "storage": "sqlite://"})

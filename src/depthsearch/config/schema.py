@@ -30,7 +30,7 @@ _UNIT_NAMES = {
     "bytes": "B, kB, MB, GB, KiB, MiB or GiB, such as '180MB'",
     "flops": "FLOP, kFLOP, MFLOP, GFLOP or TFLOP (per token), such as '0.2GFLOP'",
 }
-_PROTECTED = re.compile(r"first|last|[a-z_]+\.[0-9]+\.(attention|cross_attention|ffn)")
+_PROTECTED = re.compile(r"first|last|[a-z_]+\.[0-9]+(\.(attention|cross_attention|ffn))?")
 
 
 def _whole(value: object) -> object:

@@ -45,6 +45,8 @@ class LoadedModel:
     fingerprint: str
     dtype: torch.dtype
     device: torch.device
+    folder: Path | None = None
+    """Where its files lie: its directory, the converted GGUF, or the hub's cache."""
 
 
 def load_model(
@@ -87,7 +89,9 @@ def load_model(
     else:
         folder = _snapshot(location, options)
         commit = folder.name
-    return LoadedModel(model, tokenizer, path_or_id, commit, fingerprint(folder), kind, target)
+    return LoadedModel(
+        model, tokenizer, path_or_id, commit, fingerprint(folder), kind, target, folder
+    )
 
 
 def resolve_device(device: str) -> torch.device:

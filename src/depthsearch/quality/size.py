@@ -57,7 +57,9 @@ def disk_bytes(checkpoint: str | Path) -> int:
     path = Path(checkpoint)
     if path.is_file():
         return path.stat().st_size
-    files = [file for file in path.glob("*") if file.suffix in WEIGHT_SUFFIXES]
+    # Checkpoints often carry the same weights in older formats too.
+    found = ([f for f in path.glob("*") if f.suffix == suffix] for suffix in WEIGHT_SUFFIXES)
+    files: list[Path] = next((files for files in found if files), [])
     if not files:
         raise ModelError(
             f"{path}: holds no weights; give a directory with {', '.join(WEIGHT_SUFFIXES)} files"

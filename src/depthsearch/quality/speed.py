@@ -142,7 +142,7 @@ def peak_memory(
     request = json.dumps([str(path), prompt_tokens, new_tokens, batch, dtype, device])
     try:
         child = subprocess.run(
-            [sys.executable, "-c", _CHILD, request],
+            [sys.executable, "-P", "-c", _CHILD, request],
             capture_output=True,
             text=True,
             timeout=timeout_s,

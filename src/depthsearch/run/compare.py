@@ -15,7 +15,7 @@ import numpy as np
 
 from depthsearch import __version__
 from depthsearch.config import CompareConfig, RunConfig, SearchConfig, load_config, resolved_yaml
-from depthsearch.errors import ConfigError, RunDirectoryError
+from depthsearch.errors import ConfigError, NothingFoundError, RunDirectoryError
 from depthsearch.journal import read_journal
 from depthsearch.run.directory import (
     BEST,
@@ -65,24 +65,38 @@ def compare(
         check_search(settings)
     _check_out(config, out)
     session = session or Session.open(config)
-    for seed in config.compare.seeds:
-        session.splits(seed)
+    splits = [session.splits(seed) for seed in config.compare.seeds]
+    if len(splits[0].heldout) < 2:
+        raise ConfigError(
+            "a comparison needs at least 2 held-out windows for its intervals: raise "
+            "calibration.heldout_tokens"
+        )
     if not out.exists():
         create_directory(out, {CONFIG: resolved_yaml(config)})
     costs: dict[int, float] = {}
     order = _order(config.compare)
-    runs = [(arm, seed) for seed in config.compare.seeds for arm in order]
+    seeds = config.compare.seeds
+    runs = [(arm, seed) for seed in seeds for arm in order]
     entries: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     for done, (arm, seed) in enumerate(runs):
         chosen = _arm_search(config, arm, seed, costs.get(seed))
         run = out / ARMS / f"{arm}-seed{seed}"
         on_progress = on_arm(arm, seed, done, len(runs)) if on_arm is not None else None
-        _run_arm(replace(session, config=_single(config, chosen)), run, on_progress, finish)
+        try:
+            _run_arm(replace(session, config=_single(config, chosen)), run, on_progress, finish)
+        except NothingFoundError as error:
+            failed.append({"name": arm, "seed": seed, "error": str(error)})
+            continue
         entry = _entry(arm, chosen, run)
         entries.append(entry)
         if arm == config.compare.cost_tokens:
             costs[seed] = entry["cost_tokens"]
-    result = _summary(session, config, entries, on_heldout)
+    complete = {a for a in order if sum(e["name"] == a for e in entries) == len(seeds)}
+    if not complete:
+        raise NothingFoundError(f"no arm finished with every seed; the first: {failed[0]['error']}")
+    entries = [entry for entry in entries if entry["name"] in complete]
+    result = _summary(session, config, entries, on_heldout) | {"failed": failed}
     write_json(out / COMPARE, result)
     return result
 
@@ -90,8 +104,12 @@ def compare(
 def read_compare(out: Path) -> dict[str, Any]:
     """compare.json, with the exports made from its arms; raises RunDirectoryError."""
     data = read_json(out / COMPARE, "it is no finished comparison")
-    for path in sorted((out / ARMS).glob("*/export.json")):
-        data["export"] = read_json(path, "no export")
+    exports = sorted(
+        (out / ARMS).glob("*/export.json"), key=lambda path: (path.stat().st_mtime, path)
+    )
+    if exports:
+        # One table: that of the arm exported last.
+        data["export"] = read_json(exports[-1], "no export")
     return data
 
 
@@ -127,7 +145,12 @@ def _arm_search(config: RunConfig, arm: str, seed: int, equal: float | None) -> 
         cost = None if arm == limit else equal
     else:
         cost = limit
-    return config.compare.arms[arm].model_copy(update={"seed": seed, "cost_tokens": cost})
+    chosen = config.compare.arms[arm].model_copy(update={"seed": seed, "cost_tokens": cost})
+    if chosen.options.get("storage") is None:
+        return chosen
+    # Every run keeps a study of its own in a storage that they share.
+    name = f"{chosen.options.get('study_name', 'depthsearch')}-{arm}-seed{seed}"
+    return chosen.model_copy(update={"options": chosen.options | {"study_name": name}})
 
 
 def _single(config: RunConfig, chosen: SearchConfig) -> RunConfig:
@@ -210,7 +233,9 @@ def _summary(
         }
     rng = np.random.default_rng(0)
     by_arm = {
-        arm: [entry for entry in entries if entry["name"] == arm] for arm in config.compare.arms
+        arm: found
+        for arm in config.compare.arms
+        if (found := [entry for entry in entries if entry["name"] == arm])
     }
     tables = {arm: np.array([e["heldout_losses"] for e in found]) for arm, found in by_arm.items()}
     summary = []

@@ -32,6 +32,8 @@ EXPORT = "export.json"
 _CHECK_TOKENS = 24
 _PROMPT_TOKENS, _NEW_TOKENS = 256, 32
 
+_CHECK_LOGITS = 1 << 24
+
 OnStage = Callable[[str, int, int], None]
 
 
@@ -86,7 +88,6 @@ def export_run(
         budget=Budget.from_json(best["budget"]),
         signature=best["signature"],
         calibration=session.documents_name,
-        config=None,
     )
     result = export(
         session.loaded,
@@ -96,7 +97,9 @@ def export_run(
         data,
         overwrite=overwrite,
         # Windows too short for the check leave it to random ids.
-        tokens=splits.heldout[:2] if splits.window_tokens >= _CHECK_TOKENS else None,
+        tokens=check_tokens(splits.heldout, session.loaded.model)
+        if splits.window_tokens >= _CHECK_TOKENS
+        else None,
         measure=figures,
     )
     summary = {
@@ -119,6 +122,9 @@ def evaluate_checkpoint(
     text: str,
     *,
     column: str | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
     beside: str | None = None,
     window_tokens: int = 512,
     tokens: int = 16384,
@@ -129,12 +135,15 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Perplexity, size and speed of a checkpoint, and of `beside` in the same run if given.
 
-    All of `text` counts as evaluation text: its documents in one fixed shuffled order, up to
-    `tokens` tokens. Raises InputError.
+    `revision` is that of `model`. All of `text` counts as evaluation text: its documents in one
+    fixed shuffled order, up to `tokens` tokens. Raises InputError.
     """
-    documents = load_documents(text, column)
+    documents = load_documents(text, column, split, subset)
     names = {"model": model} if beside is None else {"dense": beside, "model": model}
-    loaded = {name: load_model(path, dtype, device) for name, path in names.items()}
+    loaded = {
+        name: load_model(path, dtype, device, revision if name == "model" else None)
+        for name, path in names.items()
+    }
     windows = text_windows(documents, loaded["model"].tokenizer, window_tokens, tokens)
     return {
         "version": __version__,
@@ -147,6 +156,12 @@ def evaluate_checkpoint(
         },
         "rows": measure_beside(loaded, windows, repeats=repeats, on_stage=on_stage),
     }
+
+
+def check_tokens(windows: Tensor, model: Any) -> Tensor:
+    """Real text `[2, seq]` for the check of an export, short enough for its logits to be small."""
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    return windows[:2, : max(8, _CHECK_LOGITS // (2 * vocabulary))]
 
 
 def measure_beside(
@@ -178,13 +193,12 @@ def measure_beside(
     rows = []
     for place, (name, loaded) in enumerate(models.items()):
         stage("memory", place, len(models))
-        local = Path(loaded.source)
-        size = measure_size(loaded.model, local if local.exists() else None)
+        size = measure_size(loaded.model, loaded.folder)
         peak = speeds[name].peak_memory_bytes
-        if peak is None and local.exists():
+        if peak is None and loaded.folder is not None:
             dtype = str(loaded.dtype).removeprefix("torch.")
             peak = peak_memory(
-                local, prompt, _NEW_TOKENS, dtype=dtype, device=str(loaded.device)
+                loaded.folder, prompt, _NEW_TOKENS, dtype=dtype, device=str(loaded.device)
             ).peak_bytes
         rows.append(_row(name, texts[name], size, speeds[name], peak))
         stage("memory", place + 1, len(models))

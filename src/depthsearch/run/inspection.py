@@ -13,10 +13,15 @@ from depthsearch.space import METRICS
 
 
 def inspect_model(
-    source: str, *, context_tokens: int = 2048, dtype: str = "auto", device: str = "auto"
+    source: str,
+    *,
+    context_tokens: int = 2048,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Everything `depthsearch inspect` shows, as plain data; raises ModelError."""
-    loaded = load_model(source, dtype, device)
+    loaded = load_model(source, dtype, device, revision)
     anatomy = describe(loaded.model)
     check = self_check(loaded.model, anatomy)
     costs = cost_table(loaded.model, anatomy, context_tokens)

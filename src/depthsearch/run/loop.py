@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from depthsearch.errors import DepthsearchError
+from depthsearch.errors import ConfigError, NothingFoundError
 from depthsearch.evaluation import Backend, evaluate
 from depthsearch.run.ledger import Ledger
 from depthsearch.searchers import build_searcher, is_baseline
@@ -22,10 +22,6 @@ from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSp
 
 _MOST_FAILURES = 100
 """Failed evaluations in a row after which a search gives up."""
-
-
-class NothingFoundError(DepthsearchError):
-    """No mask on budget could be evaluated."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +117,10 @@ class SearchLoop:
                 break
             evaluations = self._step(number, batch)
             searcher.tell(evaluations)
-            self._refuse_failures(evaluations)
             number += 1
+            if self._only_failures(evaluations):
+                reason = "failures"
+                break
         outcome = self._choose(reason)
         self._spent = outcome.cost_tokens
         self._report("done", self._spent, 1.0, ())
@@ -233,15 +231,21 @@ class SearchLoop:
         self._report("search", self._spent, 0.0, batch.proposals)
         return evaluations
 
-    def _refuse_failures(self, evaluations: Sequence[Evaluation]) -> None:
-        """End a search in which nothing but failures comes back."""
+    def _only_failures(self, evaluations: Sequence[Evaluation]) -> bool:
+        """Whether nothing but failures comes back; raises NothingFoundError if it never was else.
+
+        A search that has found something by then ends with it.
+        """
         for evaluation in evaluations:
             self._failures = 0 if evaluation.status.has_loss else self._failures + 1
-        if self._failures >= _MOST_FAILURES:
-            raise NothingFoundError(
-                f"the last {self._failures} masks all failed ({evaluations[-1].status}): check the "
-                "model's dtype and memory, then start a new run"
-            )
+        if self._failures < _MOST_FAILURES:
+            return False
+        if any(self._known[mask].status is Status.OK for mask in self._finishers):
+            return True
+        raise NothingFoundError(
+            f"the last {self._failures} masks all failed ({evaluations[-1].status}): check the "
+            "model's dtype and memory, then start a new run"
+        )
 
     def _choose(self, reason: str) -> Outcome:
         """Re-rank the finalists on fresh data; a challenger must beat the best baseline there."""
@@ -311,6 +315,22 @@ class SearchLoop:
         ]
         self._on_progress(
             Progress(phase, min(1.0, fraction), spent, len(self._known), min(losses, default=None))
+        )
+
+
+def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend) -> None:
+    """Refuse a cost limit too low for hints, one mask and the finals; raises ConfigError."""
+    if plan.cost_tokens is None:
+        return
+    dense = [space.dense]
+    # Hints run the dense model on at most all of the text, and its attentions twice.
+    least = select.preparation + 3 * select.plan(dense)
+    least += finals.preparation + 2 * finals.plan(dense)
+    if plan.cost_tokens < least:
+        raise ConfigError(
+            f"search.cost_tokens is {plan.cost_tokens:,.0f}, too little for one pass of the dense "
+            f"model, a mask and the final ranking: give at least {least:,.0f}, or lower "
+            "calibration.select_tokens and calibration.finals_tokens"
         )
 
 

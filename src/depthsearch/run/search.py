@@ -12,8 +12,9 @@ from depthsearch.errors import RunDirectoryError
 from depthsearch.journal import Journal
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL, create_directory, write_json
 from depthsearch.run.ledger import Ledger
-from depthsearch.run.loop import OnProgress, Outcome, SearchLoop
+from depthsearch.run.loop import OnProgress, Outcome, SearchLoop, check_cost
 from depthsearch.run.session import Session, best_json
+from depthsearch.searchers import check_storage
 
 Finish = Callable[[Path], object]
 
@@ -35,9 +36,18 @@ def search(
     if out.exists():
         create_directory(out, {})
     session = session or Session.open(config)
-    session.splits(config.search.seed)
+    _check(session)
     create_directory(out, {CONFIG: resolved_yaml(config), JOURNAL: ""})
     return _continue(session, out, on_progress, finish)
+
+
+def _check(session: Session) -> None:
+    """Refuse what would only fail later, before anything is created; raises InputError."""
+    search = session.config.search
+    splits = session.splits(search.seed)
+    select, finals = (session.backend(w, search.seed) for w in (splits.select, splits.finals))
+    check_cost(session.plan(), session.space, select, finals)
+    check_storage(search.method, search.options)
 
 
 def resume(
@@ -94,6 +104,9 @@ def _start(session: Session, signature: dict[str, Any]) -> dict[str, Any]:
     config = session.config.to_json()
     config["model"]["path"] = session.model_json["source"]
     config["calibration"]["text"] = session.documents_name
+    if config["search"]["options"].get("storage") is not None:
+        # Its URL may hold a password.
+        config["search"]["options"]["storage"] = "(not recorded)"
     return {
         "version": __version__,
         "signature": signature,

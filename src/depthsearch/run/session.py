@@ -140,8 +140,12 @@ class Session:
                 "documents": self.documents.fingerprint,
                 "windows": splits.fingerprint,
             },
+            "heldout_protocol": (
+                f"KL and cross-entropy on every position of {len(splits.heldout)} windows of "
+                f"{calibration.window_tokens} tokens"
+            ),
             "protocol": (
-                f"{objective.kind}, windows of {calibration.window_tokens} tokens, "
+                f"search on {objective.kind}, windows of {calibration.window_tokens} tokens, "
                 f"{100 * objective.positions:g} % of positions, select {len(splits.select)} / "
                 f"finals {len(splits.finals)} / held-out {len(splits.heldout)} windows, "
                 f"batches of {calibration.batch_tokens} tokens, "

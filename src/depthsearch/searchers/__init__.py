@@ -50,6 +50,14 @@ def check_options(method: str, options: Options) -> None:
     parse_options(kind, method, options)
 
 
+def check_storage(method: str, options: Options) -> None:
+    """Refuse an Optuna search whose packages or storage are not there; raises ConfigError."""
+    if method == "optuna":
+        from depthsearch.searchers.optuna_keys import OptunaOptions, check_ready
+
+        check_ready(parse_options(OptunaOptions, method, options))
+
+
 def _unknown(method: str) -> ConfigError:
     return ConfigError(
         f"unknown search method '{method}'{suggestion(method, SEARCHERS)} "
@@ -138,5 +146,6 @@ __all__ = [
     "build_searcher",
     "cheap_baselines",
     "check_options",
+    "check_storage",
     "is_baseline",
 ]

@@ -17,7 +17,7 @@ from depthsearch.searchers.ranking import (
     removal_keys,
 )
 from depthsearch.searchers.staged import Plan
-from depthsearch.space import Batch, Hints, Mask, Proposal, SearchSpace
+from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ def greedy_plan(
     Candidates whose evaluation failed are passed over; a step in which all fail ends the search.
     """
     mask, loss = space.dense, 0.0
+    dense: Evaluation | None = None
     keys = influence_keys(space, hints)
     aware = options.rule == "cost_aware"
     if aware or space.fits(mask):
         answers = yield Batch((propose(space, mask, "greedy dense"),))
-        if mask in answers and answers[mask].loss is not None:
-            loss = answers[mask].loss or 0.0
+        dense = answers.get(mask)
+        loss = dense.loss or 0.0 if dense is not None else 0.0
     step = 0
     while not space.fits(mask):
         step += 1
@@ -70,7 +71,7 @@ def greedy_plan(
         if not scores:
             return
         if step == 1:
-            keys = removal_keys(space, loss_increases(space, answers.values(), loss), keys)
+            keys = removal_keys(space, loss_increases(space, answers.values(), dense), keys)
         mask = min(scores, key=lambda target: scores[target])
         loss = answers[mask].loss or 0.0
 

@@ -88,11 +88,8 @@ def removal_sweep(space: SearchSpace) -> Batch:
 
 def rank_removals(space: SearchSpace, hints: Hints, answers: Answers) -> RemovalRanking:
     """Rank the units of a sweep by what their removal cost."""
-    dense = answers.get(space.dense)
-    # Without the dense loss the increases are off by one constant: the plain order stays right.
-    base = dense.loss if dense is not None and dense.loss is not None else 0.0
     evaluations = [e for e in answers.values() if e.status in (Status.OK, Status.ELIMINATED)]
-    increases = loss_increases(space, evaluations, base)
+    increases = loss_increases(space, evaluations, answers.get(space.dense))
     total = space.cost(space.dense)
     prices = {
         unit: price(increase, total - space.cost(space.dense.without(unit)))

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from depthsearch.errors import ConfigError
@@ -42,8 +43,9 @@ _WARM_START_TRIALS = 10
 class OptunaOptions:
     """Which sampler, where the study is kept, and how many masks a batch holds.
 
-    `storage` is an Optuna storage URL, or null for memory. The study must not exist yet;
-    `fresh: true` deletes one of the same name first.
+    `storage` is an Optuna storage URL, `journal:PATH`, or null for memory. The study must not exist
+    yet, or hold no result; `fresh: true` deletes one of the same name first. CMA-ES keeps its
+    study in memory: in a storage Optuna would pickle its state.
     """
 
     sampler: Literal["tpe", "cmaes", "random"] = "tpe"
@@ -55,6 +57,11 @@ class OptunaOptions:
 
     def __post_init__(self) -> None:
         at_least(self, batch=1, survivors=1)
+        if self.sampler == "cmaes" and self.storage is not None:
+            raise ConfigError(
+                "the sampler 'cmaes' can't use a storage, where Optuna would pickle its state: "
+                "leave 'storage' out, or set 'sampler: tpe'"
+            )
 
 
 class OptunaSearcher:
@@ -218,44 +225,98 @@ def _sampler(
             return optuna.samplers.RandomSampler(seed=seed)
         if name == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-        if find_spec("cmaes") is None:
-            raise ConfigError(
-                "the sampler 'cmaes' needs the package cmaes: pip install depthsearch[cma]"
-            )
+        _need_cmaes()
         return optuna.samplers.CmaEsSampler(
             seed=seed, warn_independent_sampling=False, source_trials=list(seeds) or None
         )
 
 
+def check_ready(options: OptunaOptions) -> None:
+    """Refuse a sampler whose package is missing and a storage that can't be opened.
+
+    Raises ConfigError, also for a study that is in the way.
+    """
+    if options.sampler == "cmaes":
+        _need_cmaes()
+    if options.storage is not None:
+        with _explained(options):
+            storage = _opened(options.storage)
+            if not options.fresh and _has_results(options.study_name, storage):
+                raise optuna.exceptions.DuplicatedStudyError
+
+
+def _need_cmaes() -> None:
+    if find_spec("cmaes") is None:
+        raise ConfigError(
+            "the sampler 'cmaes' needs the package cmaes: pip install depthsearch[cma]"
+        )
+
+
 def _create_study(options: OptunaOptions, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    with _explained(options):
+        storage = None if options.storage is None else _opened(options.storage)
+        if storage is not None:
+            _make_way(options.study_name, storage, options.fresh)
+        return optuna.create_study(
+            study_name=options.study_name,
+            storage=storage,
+            sampler=sampler,
+            direction="minimize",
+        )
+
+
+def _opened(storage: str) -> optuna.storages.BaseStorage:
+    """The storage of a URL; `journal:PATH` is Optuna's journal file."""
+    scheme, _, path = storage.partition(":")
+    if scheme == "journal":
+        return optuna.storages.JournalStorage(JournalFileBackend(path))
+    return optuna.storages.get_storage(storage)
+
+
+@contextmanager
+def _explained(options: OptunaOptions) -> Iterator[None]:
+    """Bring what storages raise down to one ConfigError."""
     # sqlalchemy is Optuna's own dependency; its errors are what a wrong storage URL raises.
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         with _quiet():
-            if options.fresh and options.storage is not None:
-                names = optuna.get_all_study_names(options.storage)
-                if options.study_name in names:
-                    optuna.delete_study(study_name=options.study_name, storage=options.storage)
-            return optuna.create_study(
-                study_name=options.study_name,
-                storage=options.storage,
-                sampler=sampler,
-                direction="minimize",
-            )
+            yield
     except optuna.exceptions.DuplicatedStudyError as error:
         raise ConfigError(
             f"the study '{options.study_name}' exists already in this storage: "
             "choose another 'study_name', or set 'fresh: true' to delete it"
         ) from error
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
+    except (
+        SQLAlchemyError,
+        optuna.exceptions.StorageInternalError,
+        ImportError,
+        OSError,
+        ValueError,
+    ) as error:
         # The URL itself may hold a password, so only its scheme is shown.
         scheme = str(options.storage).partition(":")[0]
-        reason = str(error).partition("\n")[0]
         raise ConfigError(
-            f"the Optuna storage ({scheme}:...) can't be opened: {reason}; expected a URL such as "
-            "sqlite:///study.db, or null for memory"
+            f"the Optuna storage ({scheme}:...) can't be opened ({type(error).__name__}): expected "
+            "a URL such as sqlite:///study.db, journal:study.log, or null for memory"
         ) from error
+
+
+def _make_way(name: str, storage: optuna.storages.BaseStorage, fresh: bool) -> None:
+    """Delete a study of this name that nobody needs: any if `fresh`, else one without a result.
+
+    A search killed before its first losses leaves one without a result, and would else be in its
+    own way when it is resumed.
+    """
+    if name in optuna.get_all_study_names(storage) and (fresh or not _has_results(name, storage)):
+        optuna.delete_study(study_name=name, storage=storage)
+
+
+def _has_results(name: str, storage: optuna.storages.BaseStorage) -> bool:
+    if name not in optuna.get_all_study_names(storage):
+        return False
+    study = optuna.load_study(study_name=name, storage=storage)
+    return any(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
 @contextmanager

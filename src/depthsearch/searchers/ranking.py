@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from depthsearch.space import Evaluation, Hints, Mask, SearchSpace
@@ -60,14 +61,24 @@ def removal_keys(
 
 
 def loss_increases(
-    space: SearchSpace, evaluations: Iterable[Evaluation], dense_loss: float
+    space: SearchSpace, evaluations: Iterable[Evaluation], dense: Evaluation | None
 ) -> dict[Unit, float]:
-    """The loss increase of each unit whose single removal has a loss, by the unit's sites."""
+    """The loss increase of each unit whose single removal has a loss, by the unit's sites.
+
+    A mask that lost its race is compared on the sequences it was evaluated on. Without the dense
+    model's losses all increases are off by one constant, which leaves their order right.
+    """
     return {
-        difference(space.dense, e.mask): e.loss - dense_loss
+        difference(space.dense, e.mask): e.loss - _mean_of_first(dense, len(e.losses))
         for e in evaluations
         if e.loss is not None and e.mask != space.dense
     }
+
+
+def _mean_of_first(dense: Evaluation | None, count: int) -> float:
+    if dense is None or not dense.losses[:count]:
+        return 0.0
+    return math.fsum(dense.losses[:count]) / len(dense.losses[:count])
 
 
 def drop_in_order(space: SearchSpace, units: Iterable[Unit], keys: Sequence[float]) -> Mask:
