@@ -12,7 +12,6 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-import yaml
 
 from depthsearch.errors import MaskError, StorageError
 from depthsearch.report import compare_html, compare_report, run_report, write_report
@@ -170,8 +169,8 @@ def test_foreign_text_is_escaped_everywhere(tmp_path: Path, write_run: WriteRun)
     for record in records:
         for proposal in record.get("proposals", ()):
             proposal["origin"] = evil
+    records[0]["config"]["model"]["path"] = evil
     (folder / "journal.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"path": evil}}))
     page = demand_self_contained(run_report(folder))
     assert '<script>alert("1")' in page.text
 

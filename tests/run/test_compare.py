@@ -11,7 +11,13 @@ import torch
 from tests.tiny_runs import workplace_config
 
 from depthsearch.config import RunConfig, load_config
-from depthsearch.errors import ConfigError, DataError, ModelError, RunDirectoryError
+from depthsearch.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    NothingFoundError,
+    RunDirectoryError,
+)
 from depthsearch.journal import read_journal
 from depthsearch.run.compare import compare, read_compare
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL
@@ -85,10 +91,11 @@ def test_the_document_has_what_reports_and_people_read(
     _, result = finished
     assert set(result) == {
         "version", "signature", "budget_text", "cap", "dense_cost", "dense", "cost_tokens",
-        "arms", "summary", "pairs", "verdict", "sites",
+        "arms", "summary", "pairs", "verdict", "sites", "failed",
     }  # fmt: skip
     assert result["sites"] == [site.name for site in session.space.sites]
     assert result["signature"]["seed"] == [0, 1]
+    assert result["failed"] == []
     assert set(result["dense"]) == {"heldout_kl", "heldout_ce", "perplexity"}
     for arm in result["arms"]:
         assert set(arm) == {
@@ -261,3 +268,47 @@ def test_cost_may_be_fixed_or_left_to_the_search_section(
             own = load_config(out / arm["run"] / CONFIG).search
             assert (own.cost_tokens, own.seed) == (expected, 3)
             assert arm["cost_tokens"] <= expected
+
+
+SHORT: dict[str, Any] = {"method": "greedy", "max_evaluations": 1}
+ARMS: dict[str, Any] = {"short": SHORT, "w": {"method": "windows"}}
+
+
+class TestArmsThatFail:
+    """Greedy removal that may judge one mask only never reaches the budget."""
+
+    def compared(self, session: Session, folder: Path, out: Path, **changes: Any) -> dict[str, Any]:
+        config = workplace_config(folder, compare={"arms": ARMS, "seeds": [0]} | changes)
+        return compare(config, out, session=replace(session, config=config))
+
+    def test_they_are_named_and_the_others_compared(
+        self, session: Session, workplace: Path, tmp_path: Path
+    ) -> None:
+        result = self.compared(session, workplace, tmp_path / "out")
+        assert [row["arm"] for row in result["summary"]] == ["w"]
+        assert [arm["name"] for arm in result["arms"]] == ["w"]
+        (failed,) = result["failed"]
+        assert (failed["name"], failed["seed"]) == ("short", 0)
+        assert "none of 1 evaluated masks" in failed["error"]
+
+    def test_without_any_other_nothing_was_found(
+        self, session: Session, workplace: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(NothingFoundError, match="no arm finished"):
+            self.compared(session, workplace, tmp_path / "out", arms={"short": SHORT})
+        assert not (tmp_path / "out" / "compare.json").exists()
+
+    def test_the_others_do_not_run_without_the_limit_it_was_to_set(
+        self, session: Session, workplace: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(NothingFoundError, match="'short', whose cost the others get"):
+            self.compared(session, workplace, tmp_path / "out", cost_tokens="short")
+        assert [path.name for path in (tmp_path / "out/arms").iterdir()] == ["short-seed0"]
+
+    def test_a_limit_too_low_for_an_arm_is_its_failure_alone(
+        self, session: Session, workplace: Path, tmp_path: Path
+    ) -> None:
+        arms = {"b": {"method": "block_influence"}, "w": {"method": "windows"}}
+        result = self.compared(session, workplace, tmp_path / "out", arms=arms, cost_tokens="b")
+        assert [row["arm"] for row in result["summary"]] == ["b"]
+        assert [entry["name"] for entry in result["failed"]] == ["w"]

@@ -161,7 +161,7 @@ class RunData:
 
 
 def read_run(run_dir: Path) -> RunData:
-    """Read config.yaml, journal.jsonl and, where it exists, best.json of a run.
+    """Read journal.jsonl and, where they exist, best.json and export.json of a run.
 
     Works at any moment of a run; a torn last line of the journal is left out. Raises
     RunDirectoryError for a directory that holds no run, JournalError for a damaged journal.
@@ -192,21 +192,16 @@ def _assemble(
 ) -> RunData:
     finals: Mapping[str, Any] = _last(records, "finals") or {}
     end = _last(records, "end")
-    config_text = _config_text(run_dir, start)
-    try:
-        config = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
-        raise RunDirectoryError(
-            f"{run_dir / 'config.yaml'} is not valid YAML: restore it"
-        ) from error
+    # The journal's configuration names no folders of the machine, so the page can be handed on.
+    config = start.get("config") or {}
     times = [float(r["time"]) for r in records if "time" in r]
     answer = _read_json(run_dir / "best.json", f"`depthsearch resume {run_dir}` writes it again")
     best = (end or {}).get("best") or finals.get("best") or (answer or {}).get("mask")
     return RunData(
         name=run_dir.resolve().name,
         version=str(start.get("version", "unknown")),
-        config=config if isinstance(config, dict) else {},
-        config_text=config_text,
+        config=config,
+        config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         signature=start.get("signature") or {},
         space=SearchSpace.from_json(start["space"]),
         points=tuple(_points(records)),
@@ -262,13 +257,6 @@ def _points(records: Sequence[Mapping[str, Any]]) -> Iterable[Point]:
 
 def _last(records: Sequence[Mapping[str, Any]], op: str) -> Mapping[str, Any] | None:
     return next((r for r in reversed(records) if r.get("op") == op), None)
-
-
-def _config_text(run_dir: Path, start: Mapping[str, Any]) -> str:
-    path = run_dir / "config.yaml"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    return yaml.safe_dump(start.get("config") or {}, sort_keys=False, allow_unicode=True)
 
 
 def _read_json(path: Path, remedy: str) -> Mapping[str, Any] | None:

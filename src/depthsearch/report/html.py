@@ -44,7 +44,7 @@ def run_report(run_dir: Path) -> str:
         top=tables.top_masks(run),
         search=tables.search_summary(run),
         exported=tables.exported(run.export),
-        export_path=str((run.export or {}).get("path", "")),
+        export_path=Path(str((run.export or {}).get("path", ""))).name,
         signature=tables.pairs(run.signature),
     )
 

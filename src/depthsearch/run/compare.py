@@ -85,7 +85,11 @@ def compare(
         on_progress = on_arm(arm, seed, done, len(runs)) if on_arm is not None else None
         try:
             _run_arm(replace(session, config=_single(config, chosen)), run, on_progress, finish)
-        except NothingFoundError as error:
+        except (ConfigError, NothingFoundError) as error:
+            if arm == config.compare.cost_tokens:
+                raise NothingFoundError(
+                    f"the arm '{arm}', whose cost the others get, failed with seed {seed}: {error}"
+                ) from error
             failed.append({"name": arm, "seed": seed, "error": str(error)})
             continue
         entry = _entry(arm, chosen, run)

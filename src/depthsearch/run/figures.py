@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
 from depthsearch import __version__
@@ -24,7 +25,7 @@ from depthsearch.quality import (
     perplexity,
 )
 from depthsearch.run.directory import BEST, read_json, write_json
-from depthsearch.run.search import run_config
+from depthsearch.run.search import run_config, shareable_config
 from depthsearch.run.session import Session
 from depthsearch.space import Budget, Mask
 
@@ -88,6 +89,8 @@ def export_run(
         budget=Budget.from_json(best["budget"]),
         signature=best["signature"],
         calibration=session.documents_name,
+        command="depthsearch search config.yaml --out run && depthsearch export run model",
+        config=yaml.safe_dump(shareable_config(session), sort_keys=False, allow_unicode=True),
     )
     result = export(
         session.loaded,

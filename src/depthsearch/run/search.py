@@ -100,16 +100,23 @@ def _continue(
 
 
 def _start(session: Session, signature: dict[str, Any]) -> dict[str, Any]:
-    # Paths differ between machines without making another search; the fingerprints tell.
+    return {
+        "version": __version__,
+        "signature": signature,
+        "config": shareable_config(session),
+        "space": session.space.to_json(),
+    }
+
+
+def shareable_config(session: Session) -> dict[str, Any]:
+    """The configuration without the folders of this machine and without what may be secret.
+
+    Paths differ between machines without making another search; the fingerprints tell.
+    """
     config = session.config.to_json()
     config["model"]["path"] = session.model_json["source"]
     config["calibration"]["text"] = session.documents_name
     if config["search"]["options"].get("storage") is not None:
         # Its URL may hold a password.
         config["search"]["options"]["storage"] = "(not recorded)"
-    return {
-        "version": __version__,
-        "signature": signature,
-        "config": config,
-        "space": session.space.to_json(),
-    }
+    return config
