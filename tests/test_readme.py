@@ -45,8 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the real model is not fetched: run scripts/fetch")
     place = tmp_path_factory.mktemp("readme")
     (place / ".data").symlink_to(DATA, target_is_directory=True)
-    for name in ("search_spaces", "scripts"):
-        (place / name).symlink_to(ROOT / name, target_is_directory=True)
+    (place / "search_spaces").symlink_to(ROOT / "search_spaces", target_is_directory=True)
     config = yaml.safe_load(blocks("yaml")[0])
     for key, value in SMALL.items():
         part, name = key.split(".")
@@ -57,13 +56,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # As a person would: with this environment's commands, and with all threads.
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(
         command,
         cwd=folder,
         capture_output=True,
         text=True,
-        env=os.environ | {"PATH": beside},
+        env=env,
         check=False,
     )
     assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
@@ -108,7 +109,7 @@ def test_the_quickstart_does_the_main_job(folder: Path) -> None:
     arms = "{windows: {method: windows, finalists: 1}, evolution: {method: evolution}}"
     settings += ["--set", f"compare.arms={arms}", "--set", f"compare.cost_tokens={COST_TOKENS}"]
     out = folder / "quick"
-    done = run(["scripts/quickstart", str(out), *settings], folder)
+    done = run([str(ROOT / "scripts" / "quickstart"), str(out), *settings], folder)
     assert f"Report:  {out}/report.html" in done.stdout
     assert "LlamaForCausalLM" in done.stdout
     result = json.loads((out / "compare.json").read_text())
