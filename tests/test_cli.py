@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.tiny_models import save_tiny, tiny_tokenizer
 from tests.tiny_runs import write_config, write_text, write_workplace
 
@@ -51,15 +50,6 @@ class Result:
 
 
 Cli = Callable[..., Result]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Subprocesses get one thread too, which is part of a run's signature."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -123,7 +113,6 @@ def undisturbed(big: Path) -> Path:
     from depthsearch.config import load_config
     from depthsearch.run.search import search
 
-    torch.set_num_threads(1)
     search(load_config(big / "run.yaml"), big / "undisturbed")
     return big / "undisturbed"
 
