@@ -87,10 +87,12 @@ def generate(model: Any, ids: Any, new_tokens: int) -> Any:
 def compare(expected: Any, found: Any, mask: Any = None) -> dict[str, float]:
     """How far two sets of logits `[batch, seq, vocab]` lie apart, at the positions of `mask`."""
     same = expected.argmax(-1) == found.argmax(-1)
+    largest = (expected.float() - found.float()).abs().amax(-1)
     if mask is not None:
-        same = same[mask.bool()]
+        same, largest = same[mask.bool()], largest[mask.bool()]
     return {
-        "difference": float((expected.float() - found.float()).abs().max()),
+        "difference": float(largest.max()),
+        "differing": int((largest != 0).sum()),
         "positions": same.numel(),
         "agreeing": int(same.sum()),
     }

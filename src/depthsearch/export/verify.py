@@ -52,6 +52,8 @@ class Case:
 class Verification:
     """How the export compares with the masked model, over `positions` positions of all passes.
 
+    `differing` of them have a logit that is not the same to the last bit.
+
     float32 passes with every difference below 1e-4; narrower types with the same argmax on 99.9 %
     of the positions. In both the tokenizer must agree, no weight may be missing or left over, and
     where the logits are identical greedy generation must be too.
@@ -60,6 +62,7 @@ class Verification:
     dtype: str
     max_difference: float
     cached_max_difference: float
+    differing: int
     argmax_agreement: float
     positions: int
     generation_equal: bool
@@ -82,8 +85,9 @@ class Verification:
         """The figures in one line."""
         said = (
             f"{self.dtype}, {self.positions} positions: largest difference of a logit "
-            f"{self.max_difference:.2g} (with a cache {self.cached_max_difference:.2g}), same "
-            f"most likely token on {100 * self.argmax_agreement:.2f} %, greedy generation "
+            f"{self.max_difference:.2g} (with a cache {self.cached_max_difference:.2g}), "
+            f"{self.differing} positions not bit-equal, same most likely token on "
+            f"{100 * self.argmax_agreement:.2f} %, greedy generation "
             f"{'identical' if self.generation_equal else 'differs'}"
         )
         if not self.tokenizer_equal:
@@ -101,6 +105,7 @@ class Verification:
             "dtype": self.dtype,
             "max_difference": self.max_difference,
             "cached_max_difference": self.cached_max_difference,
+            "differing": self.differing,
             "argmax_agreement": self.argmax_agreement,
             "positions": self.positions,
             "generation_equal": self.generation_equal,
@@ -128,7 +133,20 @@ def verify_export(
 def verify_exports(
     cases: Sequence[Case], tokens: Tensor | None = None, new_tokens: int = 16
 ) -> tuple[Verification, ...]:
-    """`verify_export` for several exports in one interpreter."""
+    """`verify_export` for several exports in one interpreter.
+
+    Where one does not pass, all are computed anew and compared once more, both sides in full: a
+    fault of the machine does not repeat itself, a wrong export does.
+    """
+    found = _compare_all(cases, tokens, new_tokens)
+    if all(verification.passed for verification in found):
+        return found
+    return _compare_all(cases, tokens, new_tokens)
+
+
+def _compare_all(
+    cases: Sequence[Case], tokens: Tensor | None, new_tokens: int
+) -> tuple[Verification, ...]:
     with tempfile.TemporaryDirectory(prefix="depthsearch-check-") as name:
         scratch = Path(name)
         jobs = [
@@ -217,6 +235,7 @@ def _verification(dtype: str, found: dict[str, Any]) -> Verification:
         dtype=dtype,
         max_difference=found["prefill"]["difference"],
         cached_max_difference=_largest(*(found[n]["difference"] for n in ("cached", "padded"))),
+        differing=sum(entry["differing"] for entry in passes),
         argmax_agreement=sum(entry["agreeing"] for entry in passes) / positions,
         positions=positions,
         generation_equal=found["generation_equal"],
