@@ -1,4 +1,4 @@
-"""One thread for tiny models: journals name the thread count, and more threads only cost time."""
+"""Settings of every test: one thread, no deadlines for examples, the longest files first."""
 
 from __future__ import annotations
 

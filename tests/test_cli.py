@@ -71,15 +71,22 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
 
 
 def process(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
-    """Starts a command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "depthsearch.cli", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """Starts a command in a process of its own, which Ctrl-C reaches.
+
+    Where the tests run in the background, a shell has them and their children ignore it.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "depthsearch.cli", *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def finish(running: subprocess.Popen[str]) -> Result:

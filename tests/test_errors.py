@@ -21,7 +21,7 @@ def test_the_tree_drawn_in_the_docstring_is_the_tree_in_the_code() -> None:
         if re.match(r"    [│├└ ]*(─ )?\w+Error\b", line.replace("──", "─"))
         or line.strip() == "DepthsearchError"
         or "StorageError" in line
-        or "SelfCheckError" in line
+        or "ClusterError" in line
     ]
     drawn: dict[str, str] = {}
     branch: dict[int, str] = {}
@@ -43,7 +43,12 @@ def test_every_error_has_a_docstring_of_its_own(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        (name, 2 if issubclass(item, errors.InputError | errors.StorageError) else 1)
+        (
+            name,
+            2
+            if issubclass(item, errors.InputError | errors.StorageError | errors.ClusterError)
+            else 1,
+        )
         for name, item in CLASSES.items()
         if issubclass(item, errors.DepthsearchError)
     ],

@@ -13,7 +13,7 @@
     │   ├── JournalError         a journal that is damaged or belongs to another run
     │   └── NothingFoundError    a search that ended without a usable mask on budget
     ├── StorageError             the disk is full, or refuses to be written       (exit code 2)
-    └── SelfCheckError           the masked model contradicts its own reference   (exit code 1)
+    └── ClusterError             no worker is left to go on with                  (exit code 2)
 
 The command line prints the message of any of these as one line and ends with `exit_code`; anything
 else that reaches it is a defect and keeps its traceback.
@@ -83,5 +83,7 @@ class StorageError(DepthsearchError):
     exit_code: ClassVar[int] = 2
 
 
-class SelfCheckError(DepthsearchError):
-    """Two ways to compute the same thing disagree, so no figure of this model can be trusted."""
+class ClusterError(DepthsearchError):
+    """The cluster can't be reached, or its workers all failed; the run can be resumed."""
+
+    exit_code: ClassVar[int] = 2

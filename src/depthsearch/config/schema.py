@@ -277,6 +277,33 @@ class CompareConfig(_Section):
         return float(value)
 
 
+class ClusterConfig(_Section):
+    """Who computes: this process, or workers on a Ray cluster. The results are the same."""
+
+    backend: Literal["in-process", "ray"] = "in-process"
+    """in-process, or ray (needs the extra `ray`)"""
+    address: str | None = None
+    """auto joins the Ray cluster of this machine; left out, one is started here and ended again"""
+    workers: Count | None = None
+    """workers to start; left out, as many as the cluster has room for, now and later"""
+    num_cpus: Annotated[float, Field(gt=0)] = 1
+    """processor cores of one worker"""
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of one worker, or a share of one"""
+    resources: dict[str, float] = {}
+    """custom resources of one worker, by Ray's name for them"""
+    threads: Count | None = None
+    """processor threads of one worker, or of this process; left out: num_cpus, or torch's choice"""
+    weights: Literal["path", "store"] = "path"
+    """workers load model.path themselves, or share the driver's weights through Ray's store"""
+    unit_timeout_s: Annotated[float, Field(gt=0)] = 600
+    """seconds after which a worker that has not answered is taken for hung and replaced"""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600
+    """seconds to wait for a first worker"""
+    restarts: Annotated[Whole, Field(ge=0)] = 3
+    """how often in a row, with nothing computed in between, a worker may be replaced"""
+
+
 class RunConfig(_Section):
     """One run: model, space, calibration, objective, search, and a comparison if wanted."""
 
@@ -288,6 +315,8 @@ class RunConfig(_Section):
     """the text, such as {text: notes.txt}"""
     objective: ObjectiveConfig = ObjectiveConfig()
     """what is minimized"""
+    cluster: ClusterConfig = ClusterConfig()
+    """who computes"""
     search: SearchConfig = SearchConfig()
     """the searcher and its budget"""
     compare: CompareConfig | None = None

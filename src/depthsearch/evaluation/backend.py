@@ -44,8 +44,14 @@ class Backend(Protocol):
         """The `cost_tokens` of the one dense pass that records every batch."""
         ...
 
-    def run(self, batch: int, masks: Sequence[Mask]) -> UnitResult:
-        """Compute one unit."""
+    def run(
+        self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
+    ) -> UnitResult:
+        """Compute one unit.
+
+        `ahead` are the batches asked for next, for all these masks where it is `sure`, for those
+        that a race leaves otherwise: a backend may begin with them while it has nothing better.
+        """
         ...
 
     def plan(self, masks: Sequence[Mask]) -> float:

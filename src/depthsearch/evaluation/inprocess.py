@@ -83,8 +83,13 @@ class InProcess:
         tokens = sum(self.sequences) * self._window
         return tokens * sum(self._site_flops) / self._dense_flops
 
-    def run(self, batch: int, masks: Sequence[Mask]) -> UnitResult:
-        """Compute one unit; out of memory splits the set, down to a single quarantined mask."""
+    def run(
+        self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
+    ) -> UnitResult:
+        """Compute one unit; out of memory splits the set, down to a single quarantined mask.
+
+        What lies ahead is not begun.
+        """
         try:
             return self._run(batch, masks)
         except (RuntimeError, MemoryError) as error:
@@ -163,11 +168,18 @@ class InProcess:
         """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
         if not masks:
             return 0.0
-        if self._mode is Mode.WHOLE:
-            executed = [sum(mask.keep[i] for mask in masks) for i in range(len(masks[0]))]
-        else:
-            executed = executed_sites(masks, self._width)
+        executed = self._executed(masks)
         return sum(self._cost(executed, len(masks), positions) for positions in self._positions)
+
+    def unit_cost(self, batch: int, masks: Sequence[Mask]) -> float:
+        """The `cost_tokens` of one unit with nothing split or failing, nothing computed."""
+        return self._cost(self._executed(masks), len(masks), self._positions[batch])
+
+    def _executed(self, masks: Sequence[Mask]) -> list[int]:
+        """How often each site would be run for `masks` on one batch."""
+        if self._mode is Mode.WHOLE:
+            return [sum(mask.keep[i] for mask in masks) for i in range(len(masks[0]))]
+        return executed_sites(masks, self._width)
 
     def _cost(self, executed: Sequence[int], masks: int, positions: Tensor) -> float:
         sequences, looked_at = positions.shape

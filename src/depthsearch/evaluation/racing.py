@@ -40,7 +40,9 @@ def evaluate(
     for batch in range(total):
         if not active:
             break
-        result = backend.run(batch, [masks[i] for i in active])
+        result = backend.run(
+            batch, [masks[i] for i in active], range(batch + 1, total), sure=survivors is None
+        )
         cost += result.cost_tokens
         for i, status, found in zip(active, result.statuses, result.losses, strict=True):
             statuses[i] = status

@@ -27,7 +27,7 @@ from depthsearch.run.directory import (
 )
 from depthsearch.run.loop import OnProgress
 from depthsearch.run.search import Finish, resume, search
-from depthsearch.run.session import Session, check_search
+from depthsearch.run.session import Session, check_search, opened
 from depthsearch.run.statistics import bootstrap_interval, paired_difference
 from depthsearch.run.verdict import verdict
 from depthsearch.space import Mask
@@ -64,7 +64,19 @@ def compare(
     for settings in config.compare.arms.values():
         check_search(settings)
     _check_out(config, out)
-    session = session or Session.open(config)
+    with opened(config, session) as session:
+        return _compare(config, out, session, on_arm, on_heldout, finish)
+
+
+def _compare(
+    config: RunConfig,
+    out: Path,
+    session: Session,
+    on_arm: OnArm | None,
+    on_heldout: OnHeldout | None,
+    finish: Finish | None,
+) -> dict[str, Any]:
+    assert config.compare is not None
     splits = [session.splits(seed) for seed in config.compare.seeds]
     if len(splits[0].heldout) < 2:
         raise ConfigError(

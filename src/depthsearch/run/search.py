@@ -13,7 +13,7 @@ from depthsearch.journal import Journal
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL, create_directory, write_json
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.loop import OnProgress, Outcome, SearchLoop, check_cost
-from depthsearch.run.session import Session, best_json
+from depthsearch.run.session import Session, best_json, opened
 from depthsearch.searchers import check_storage
 
 Finish = Callable[[Path], object]
@@ -35,10 +35,10 @@ def search(
     """
     if out.exists():
         create_directory(out, {})
-    session = session or Session.open(config)
-    _check(session)
-    create_directory(out, {CONFIG: resolved_yaml(config), JOURNAL: ""})
-    return _continue(session, out, on_progress, finish)
+    with opened(config, session) as session:
+        _check(session)
+        create_directory(out, {CONFIG: resolved_yaml(config), JOURNAL: ""})
+        return _continue(session, out, on_progress, finish)
 
 
 def _check(session: Session) -> None:
@@ -62,8 +62,8 @@ def resume(
     Raises RunDirectoryError where `out` is no run directory, JournalError where the repetition
     diverges from the journal.
     """
-    config = run_config(out)
-    return _continue(session or Session.open(config), out, on_progress, finish)
+    with opened(run_config(out), session) as session:
+        return _continue(session, out, on_progress, finish)
 
 
 def run_config(out: Path) -> RunConfig:
@@ -111,9 +111,10 @@ def _start(session: Session, signature: dict[str, Any]) -> dict[str, Any]:
 def shareable_config(session: Session) -> dict[str, Any]:
     """The configuration without the folders of this machine and without what may be secret.
 
-    Paths differ between machines without making another search; the fingerprints tell.
+    Paths and workers differ between machines without making another search; the fingerprints tell.
     """
     config = session.config.to_json()
+    del config["cluster"]
     config["model"]["path"] = session.model_json["source"]
     config["calibration"]["text"] = session.documents_name
     if config["search"]["options"].get("storage") is not None:

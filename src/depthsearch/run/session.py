@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -17,8 +20,8 @@ from depthsearch.calibration.objectives import OBJECTIVES, KLDivergence, Objecti
 from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.calibration.windows import Splits, make_splits
 from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
-from depthsearch.errors import MaskError
-from depthsearch.evaluation import InProcess
+from depthsearch.errors import ConfigError, MaskError
+from depthsearch.evaluation import Backend, InProcess
 from depthsearch.model.anatomy import Anatomy, describe
 from depthsearch.model.costs import cost_table
 from depthsearch.model.load import LoadedModel, load_model
@@ -27,6 +30,22 @@ from depthsearch.run.loop import Outcome, Plan
 from depthsearch.searchers import check_options
 from depthsearch.sources import is_path
 from depthsearch.space import Budget, SearchSpace, Site, mask_from_names
+
+if TYPE_CHECKING:
+    from depthsearch.evaluation.ray_backend import Cluster
+
+
+class Workers:
+    """The workers of a session, started when they are first needed, one set for all its runs."""
+
+    def __init__(self) -> None:
+        self.cluster: Cluster | None = None
+
+    def close(self) -> None:
+        """End them; does nothing where there are none."""
+        if self.cluster is not None:
+            self.cluster.close()
+        self.cluster = None
 
 
 @dataclass(frozen=True)
@@ -39,11 +58,16 @@ class Session:
     check: SelfCheck
     documents: Documents
     space: SearchSpace
+    workers: Workers = field(default_factory=Workers, repr=False, compare=False)
 
     @classmethod
     def open(cls, config: RunConfig) -> Session:
         """Load and check everything; raises InputError of the part that is wrong."""
         check_search(config.search)
+        _check_cluster(config)
+        threads = _threads(config)
+        if threads is not None:
+            torch.set_num_threads(threads)
         documents = load_documents(
             config.calibration.text,
             config.calibration.column,
@@ -69,10 +93,68 @@ class Session:
             seed,
         )
 
-    def backend(self, windows: torch.Tensor, seed: int) -> InProcess:
-        """The in-process backend for the configured objective on `windows`."""
+    def close(self) -> None:
+        """End the workers, if any."""
+        self.workers.close()
+
+    def backend(self, windows: torch.Tensor, seed: int) -> Backend:
+        """The configured backend for the configured objective on `windows`."""
         objective = self.config.objective
-        return self._in_process(windows, OBJECTIVES[objective.kind](), objective.positions, seed)
+        in_process = self._in_process(
+            windows, OBJECTIVES[objective.kind](), objective.positions, seed
+        )
+        if self.config.cluster.backend == "in-process":
+            return in_process
+        from depthsearch.evaluation.ray_backend import RayBackend
+        from depthsearch.evaluation.worker import Text
+
+        text = Text(
+            name=hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16] + f"-{seed}",
+            windows=windows.numpy(),
+            objective=objective.kind,
+            mode=str(self.check.mode),
+            batch_tokens=self.config.calibration.batch_tokens,
+            positions=objective.positions,
+            seed=seed,
+        )
+        return RayBackend(self._cluster(), in_process, text)
+
+    def _cluster(self) -> Cluster:
+        """The workers, started now where they are not yet."""
+        from depthsearch.evaluation.dispatch import Limits
+        from depthsearch.evaluation.ray_backend import Cluster, RaySettings
+        from depthsearch.evaluation.worker import ModelSource
+        from depthsearch.model.packing import pack
+
+        cluster, model = self.config.cluster, self.config.model
+        if self.workers.cluster is None:
+            settings = RaySettings(
+                cluster.address,
+                cluster.workers,
+                cluster.num_cpus,
+                cluster.num_gpus,
+                cluster.resources,
+                Limits(cluster.unit_timeout_s, cluster.start_timeout_s, cluster.restarts),
+            )
+            source = ModelSource(
+                str(Path(model.path).expanduser().absolute())
+                if is_path(model.path)
+                else model.path,
+                str(self.loaded.dtype).removeprefix("torch."),
+                self._worker_device,
+                model.revision,
+                model.trust_remote_code,
+                torch.get_num_threads(),
+            )
+            packed = pack(self.loaded.model) if cluster.weights == "store" else None
+            self.workers.cluster = Cluster(settings, source, packed)
+        return self.workers.cluster
+
+    @property
+    def _worker_device(self) -> str:
+        """Where losses are computed."""
+        on_gpu = self.config.cluster.backend == "ray" and self.config.cluster.num_gpus > 0
+        return "cuda" if on_gpu else str(self.loaded.device)
 
     def judge(self, windows: torch.Tensor) -> InProcess:
         """An in-process backend for held-out figures, on every position."""
@@ -133,7 +215,7 @@ class Session:
             "model": self.model_json,
             "model_class": self.anatomy.model_class,
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
-            "device": str(self.loaded.device),
+            "device": self._worker_device,
             "threads": torch.get_num_threads(),
             "data": {
                 "source": self.documents_name,
@@ -157,10 +239,43 @@ class Session:
 
 def open_model(config: RunConfig) -> LoadedModel:
     """Load the configured model."""
-    model = config.model
-    return load_model(
-        model.path, model.dtype, model.device, model.revision, model.trust_remote_code
-    )
+    model, cluster = config.model, config.cluster
+    dtype, device = model.dtype, model.device
+    if cluster.backend == "ray":
+        # The workers have the accelerators; the driver counts costs and computes hints.
+        device = "cpu"
+        if cluster.num_gpus > 0 and dtype == "auto":
+            dtype = "bfloat16"
+    return load_model(model.path, dtype, device, model.revision, model.trust_remote_code)
+
+
+@contextmanager
+def opened(config: RunConfig, session: Session | None) -> Iterator[Session]:
+    """`session` itself, or one opened now and closed at the end."""
+    if session is not None:
+        yield session
+        return
+    session = Session.open(config)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def _check_cluster(config: RunConfig) -> None:
+    if config.cluster.backend == "ray" and find_spec("ray") is None:
+        raise ConfigError(
+            "cluster.backend is ray, which is not installed: pip install 'depthsearch[ray]', or "
+            "set cluster.backend=in-process"
+        )
+
+
+def _threads(config: RunConfig) -> int | None:
+    """Threads of whoever computes, None for torch's choice; the driver uses as many."""
+    cluster = config.cluster
+    if cluster.threads is None and cluster.backend == "ray":
+        return max(1, int(cluster.num_cpus))
+    return cluster.threads
 
 
 def check_search(search: SearchConfig) -> None:

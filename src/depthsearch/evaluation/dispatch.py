@@ -1,0 +1,436 @@
+"""Spreading units over workers that may die, without changing a single result.
+
+The dispatcher knows no cluster: it hands units to a `Crew`, hears what became of them, and keeps
+every worker busy with at most one unit queued. A result belongs to a (batch, mask) pair and does
+not depend on the unit it came in, so lost work is simply issued again, in other pieces if need be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from depthsearch.errors import ClusterError
+from depthsearch.space import Mask, Status
+
+QUEUED = 2
+"""Units a worker holds at most: the one it computes and the next."""
+
+_ALONE_TRIES = 2
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Masks to evaluate on one batch of the text named `text`; `number` is never used twice."""
+
+    number: int
+    text: str
+    batch: int
+    masks: tuple[Mask, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker found for one mask: losses by sequence, empty after a failure."""
+
+    losses: tuple[float, ...]
+    status: Status
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A worker has loaded the model and waits for units."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """A unit is computed; one answer a mask. `seconds` is what the worker spent on it."""
+
+    worker: str
+    number: int
+    answers: tuple[Answer, ...]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A unit ended in an error that its worker survived."""
+
+    worker: str
+    number: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker is gone, with all that it held."""
+
+    worker: str
+    reason: str
+
+
+Event = Joined | Done | Failed | Lost
+
+
+class Crew(Protocol):
+    """Workers, wherever they are. Names are the dispatcher's; a name never comes back."""
+
+    @property
+    def capacity(self) -> int:
+        """How many workers there is room for now; it may change while a search runs."""
+        ...
+
+    def start(self, worker: str) -> None:
+        """Begin to start a worker; `Joined` or `Lost` follows."""
+        ...
+
+    def submit(self, worker: str, unit: Unit) -> None:
+        """Queue a unit with a worker that has joined; workers compute in order."""
+        ...
+
+    def kill(self, worker: str) -> None:
+        """End a worker at once; no event needs to follow."""
+        ...
+
+    def wait(self, timeout: float) -> Sequence[Event]:
+        """What happened, at the latest after `timeout` seconds; may be nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When patience ends: seconds for a unit, for a first worker, and restarts of one place.
+
+    `restarts` counts in a row: a finished unit sets it back.
+    """
+
+    unit_timeout_s: float = 600.0
+    start_timeout_s: float = 600.0
+    restarts: int = 3
+
+
+@dataclass
+class _Worker:
+    name: str
+    place: int
+    ready: bool = False
+    held: deque[Unit] = field(default_factory=deque)
+    since: float = 0.0
+    units: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass
+class _Place:
+    starts: int = 0
+    fruitless: int = 0
+
+
+class Dispatcher:
+    """Gets units computed by a crew; one thread, no locks.
+
+    `on_change(state)` hears where things stand, often: see `state`.
+    """
+
+    def __init__(
+        self,
+        crew: Crew,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_change: Callable[[Dispatcher], None] | None = None,
+    ) -> None:
+        self._crew = crew
+        self._limits = limits or Limits()
+        self._clock = clock
+        self._on_change = on_change or (lambda _: None)
+        self._places: list[_Place] = []
+        self._workers: dict[str, _Worker] = {}
+        self._queue: deque[Unit] = deque()
+        self._ahead: deque[Unit] = deque()
+        self._found: dict[tuple[str, int, Mask], Answer] = {}
+        self._tried: dict[int, set[str]] = {}
+        self._alone: Counter[Mask] = Counter()
+        self._sure = True
+        self._quarantined: dict[Mask, tuple[Status, str]] = {}
+        self._interest: set[tuple[str, int, Mask]] = set()
+        self._numbers = 0
+        self._done = 0
+        self._reissued = 0
+        self._last_reason = ""
+        self._waiting_since = clock()
+
+    @property
+    def ready(self) -> int:
+        """Workers that take units now."""
+        return sum(worker.ready for worker in self._workers.values())
+
+    @property
+    def quarantined(self) -> dict[Mask, str]:
+        """Masks given up because whoever tried them failed, each with the last reason."""
+        return {mask: reason for mask, (_, reason) in self._quarantined.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Workers and counts, as plain data for JSON."""
+        return {
+            "workers": [
+                {
+                    "id": worker.name,
+                    "state": "starting" if not worker.ready else "busy" if worker.held else "ready",
+                    "units": worker.units,
+                    "busy_s": round(worker.busy_s, 3),
+                    "restarts": self._places[worker.place].starts - 1,
+                }
+                for worker in self._workers.values()
+            ],
+            "units_done": self._done,
+            "units_reissued": self._reissued,
+            "units_queued": len(self._queue) + len(self._ahead),
+            "quarantined": [mask.key for mask in self._quarantined],
+        }
+
+    def start(self) -> None:
+        """Start as many workers as there is room for, without waiting for them."""
+        room = self._crew.capacity
+        while len(self._places) < room:
+            self._places.append(_Place())
+        for place, entry in enumerate(self._places[:room]):
+            if entry.starts == 0:
+                self._start(place)
+
+    def compute(
+        self, text: str, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool
+    ) -> list[Answer]:
+        """The answers for `masks` on one batch, in their order.
+
+        `ahead` are the batches that come next. Where they are `sure` to be wanted for all these
+        masks, work is spread over batches first, which shares most; where a race may end some of
+        them, the masks of this batch are split finer and later batches only fill idle workers.
+        Raises ClusterError when no worker is left.
+        """
+        later = tuple(ahead)
+        wanted = [(text, batch, mask) for mask in masks]
+        self._sure = sure
+        self._interest = {(text, b, mask) for b in (batch, *later) for mask in masks}
+        self._queue.clear()
+        self._ahead.clear()
+        self._found = {key: a for key, a in self._found.items() if key in self._interest}
+        for mask in masks:
+            if mask in self._quarantined:
+                self._found[text, batch, mask] = Answer((), self._quarantined[mask][0])
+        pieces = self._pieces(len(masks), 1 + len(later) if sure else min(2, 1 + len(later)))
+        out = self._outstanding()
+        self._queue.extend(self._cut(text, batch, masks, pieces, out))
+        for b in later:
+            self._ahead.extend(self._cut(text, b, masks, pieces, out))
+        self._waiting_since = self._clock()
+        while any(key not in self._found for key in wanted):
+            self._assign()
+            self._check_alive()
+            for event in self._crew.wait(self._patience()):
+                self._handle(event)
+            self._end_overdue()
+            self.start()
+            self._on_change(self)
+        return [self._found.pop(key) for key in wanted]
+
+    def _pieces(self, masks: int, batches: int) -> int:
+        """Into how many runs of sorted masks a batch is cut, so that all workers have work."""
+        workers = max(1, len(self._places))
+        return max(1, min(masks, -(-workers // batches)))
+
+    def _cut(
+        self,
+        text: str,
+        batch: int,
+        masks: Sequence[Mask],
+        pieces: int,
+        out: set[tuple[str, int, Mask]],
+    ) -> Iterable[Unit]:
+        """Units for what is neither known nor being computed: contiguous runs of sorted masks."""
+        missing = sorted(
+            {
+                mask
+                for mask in masks
+                if mask not in self._quarantined
+                and (text, batch, mask) not in self._found
+                and (text, batch, mask) not in out
+            },
+            key=lambda mask: mask.key,
+        )
+        pieces = min(pieces, len(missing))
+        ends = [len(missing) * (n + 1) // pieces for n in range(pieces)]
+        for start, end in zip([0, *ends], ends, strict=False):
+            yield self._unit(text, batch, tuple(missing[start:end]))
+
+    def _unit(self, text: str, batch: int, masks: tuple[Mask, ...]) -> Unit:
+        self._numbers += 1
+        return Unit(self._numbers, text, batch, masks)
+
+    def _outstanding(self) -> set[tuple[str, int, Mask]]:
+        """What workers hold now."""
+        return {
+            (unit.text, unit.batch, mask)
+            for worker in self._workers.values()
+            for unit in worker.held
+            for mask in unit.masks
+        }
+
+    def _assign(self) -> None:
+        """Give the idle a unit, then everybody a second one, which is never a guess."""
+        for depth in range(QUEUED):
+            for worker in self._workers.values():
+                if not self._queue and (not self._ahead or (depth > 0 and not self._sure)):
+                    return
+                if worker.ready and len(worker.held) == depth:
+                    self._submit(worker, self._next_for(worker))
+
+    def _next_for(self, worker: _Worker) -> Unit:
+        queue = self._queue or self._ahead
+        for place, unit in enumerate(queue):
+            if worker.name not in self._tried.get(unit.number, ()):
+                del queue[place]
+                return unit
+            if place >= len(self._workers):
+                break
+        return queue.popleft()
+
+    def _submit(self, worker: _Worker, unit: Unit) -> None:
+        if not worker.held:
+            worker.since = self._clock()
+        worker.held.append(unit)
+        self._crew.submit(worker.name, unit)
+
+    def _patience(self) -> float:
+        """Seconds until the next unit is overdue, at most one."""
+        now = self._clock()
+        left = [
+            worker.since + self._limits.unit_timeout_s - now
+            for worker in self._workers.values()
+            if worker.held
+        ]
+        return max(0.0, min([1.0, *left]))
+
+    def _handle(self, event: Event) -> None:
+        worker = self._workers.get(event.worker)
+        if worker is None:
+            return
+        if isinstance(event, Joined):
+            worker.ready = True
+        elif isinstance(event, Lost):
+            self._lose(worker, event.reason, Status.FAILED)
+        else:
+            self._finish(worker, event)
+
+    def _finish(self, worker: _Worker, event: Done | Failed) -> None:
+        unit = next((unit for unit in worker.held if unit.number == event.number), None)
+        if unit is None:
+            return
+        worker.held.remove(unit)
+        worker.since = self._clock()
+        if isinstance(event, Failed):
+            self._suspect(unit, worker.name, event.reason, Status.FAILED)
+            return
+        self._places[worker.place].fruitless = 0
+        worker.units += 1
+        worker.busy_s += event.seconds
+        self._done += 1
+        self._tried.pop(unit.number, None)
+        for mask, answer in zip(unit.masks, event.answers, strict=True):
+            key = (unit.text, unit.batch, mask)
+            if key in self._interest:
+                self._found[key] = answer
+
+    def _lose(self, worker: _Worker, reason: str, status: Status) -> None:
+        """Bury a worker: the unit it computed is suspect, the one queued behind is not."""
+        del self._workers[worker.name]
+        self._last_reason = reason
+        place = self._places[worker.place]
+        place.fruitless += 1
+        for position, unit in enumerate(worker.held):
+            if position == 0:
+                self._suspect(unit, worker.name, reason, status)
+            else:
+                self._reissue(unit, unit.masks, self._tried.pop(unit.number, set()))
+        if place.fruitless <= self._limits.restarts:
+            self._start(worker.place)
+
+    def _start(self, place: int) -> None:
+        entry = self._places[place]
+        name = f"w{place}" if entry.starts == 0 else f"w{place}.{entry.starts}"
+        entry.starts += 1
+        self._workers[name] = _Worker(name, place)
+        self._crew.start(name)
+
+    def _suspect(self, unit: Unit, worker: str, reason: str, status: Status) -> None:
+        """Try a unit again whole, then in halves; a mask that fails twice alone is given up."""
+        tried = self._tried.pop(unit.number, set())
+        if len(unit.masks) == 1:
+            mask = unit.masks[0]
+            self._alone[mask] += 1
+            if self._alone[mask] >= _ALONE_TRIES:
+                self._quarantine(mask, status, reason)
+                return
+        half = len(unit.masks) // 2 if tried else 0
+        for masks in (unit.masks[:half], unit.masks[half:]):
+            self._reissue(unit, masks, tried | {worker})
+
+    def _quarantine(self, mask: Mask, status: Status, reason: str) -> None:
+        """Answer for a mask nobody could evaluate, and take it out of what is queued."""
+        self._quarantined[mask] = (status, reason)
+        for key in self._interest:
+            if key[2] == mask:
+                self._found.setdefault(key, Answer((), status))
+        for queue in (self._queue, self._ahead):
+            left = [(unit, tuple(m for m in unit.masks if m != mask)) for unit in queue]
+            queue.clear()
+            queue.extend(replace(unit, masks=masks) for unit, masks in left if masks)
+        for place in self._places:
+            place.fruitless = 0
+
+    def _reissue(self, unit: Unit, masks: Sequence[Mask], tried: set[str]) -> None:
+        """Queue masks of a unit again, at the end, so that what is innocent is done before.
+
+        What nobody waits for any more is not.
+        """
+        wanted = tuple(
+            mask
+            for mask in masks
+            if (unit.text, unit.batch, mask) in self._interest and mask not in self._quarantined
+        )
+        if not wanted:
+            return
+        again = self._unit(unit.text, unit.batch, wanted)
+        if tried:
+            self._tried[again.number] = tried
+        self._reissued += 1
+        self._queue.append(again)
+
+    def _end_overdue(self) -> None:
+        now = self._clock()
+        for worker in list(self._workers.values()):
+            if worker.held and now - worker.since >= self._limits.unit_timeout_s:
+                self._crew.kill(worker.name)
+                reason = f"no answer in {self._limits.unit_timeout_s:g} s"
+                self._lose(worker, reason, Status.TIMED_OUT)
+
+    def _check_alive(self) -> None:
+        if self.ready:
+            self._waiting_since = self._clock()
+            return
+        if not self._workers and self._places:
+            raise ClusterError(
+                f"all workers failed, each {self._limits.restarts + 1} times in a row "
+                f"({self._last_reason}); nothing is lost: mend the cause, then `depthsearch resume`"
+            )
+        if self._clock() - self._waiting_since > self._limits.start_timeout_s:
+            raise ClusterError(
+                f"no worker came up in {self._limits.start_timeout_s:g} s"
+                f"{f' ({self._last_reason})' if self._last_reason else ''}: does the cluster have "
+                "what cluster.num_cpus, num_gpus and resources ask for? nothing is lost: "
+                "`depthsearch resume` goes on"
+            )

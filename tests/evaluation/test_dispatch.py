@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from depthsearch.errors import ClusterError
+from depthsearch.evaluation.dispatch import QUEUED, Answer, Dispatcher, Limits, Unit
+from depthsearch.evaluation.simulation import SimulatedCrew, efficiency
+from depthsearch.space import Mask, Status
+
+SITES = 8
+
+
+def masks(count: int) -> list[Mask]:
+    return [Mask.from_key(f"{n:08b}") for n in range(1, count + 1)]
+
+
+def loss(text: str, batch: int, mask: Mask) -> Answer:
+    digest = hashlib.sha256(f"{text} {batch} {mask.key}".encode()).digest()
+    return Answer((digest[0] / 7, digest[1] / 7), Status.OK)
+
+
+def dispatcher(crew: SimulatedCrew, **limits: float) -> Dispatcher:
+    found = Dispatcher(crew, Limits(**limits), clock=crew.clock)  # type: ignore[arg-type]
+    found.start()
+    return found
+
+
+def search(found: Dispatcher, asked: list[Mask], batches: int, sure: bool) -> list[list[Answer]]:
+    return [found.compute("t", b, asked, range(b + 1, batches), sure=sure) for b in range(batches)]
+
+
+def expected(asked: list[Mask], batches: int) -> list[list[Answer]]:
+    return [[loss("t", batch, mask) for mask in asked] for batch in range(batches)]
+
+
+@given(
+    workers=st.integers(1, 9),
+    count=st.integers(1, 40),
+    batches=st.integers(1, 5),
+    sure=st.booleans(),
+    deaths=st.floats(0, 0.3),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=150, deadline=None)
+def test_results_depend_on_neither_workers_nor_deaths(
+    workers: int, count: int, batches: int, sure: bool, deaths: float, seed: int
+) -> None:
+    alive: dict[tuple[Mask, ...], int] = {}
+
+    def fate(worker: str, unit: Unit, rng: np.random.Generator) -> str:
+        # Each set of masks is hit once at most, so that no mask is taken for poison.
+        hit = rng.random() < deaths and alive.setdefault(unit.masks, 0) == 0
+        alive[unit.masks] = alive.get(unit.masks, 0) + hit
+        return str(rng.choice(["lost", "failed", "hung"])) if hit else "done"
+
+    crew = SimulatedCrew(
+        workers, loss, lambda unit, rng: float(rng.uniform(0.1, 3)), fate, seed, start_s=1.0
+    )
+    found = dispatcher(crew, unit_timeout_s=20, restarts=100)
+
+    assert search(found, masks(count), batches, sure) == expected(masks(count), batches)
+    assert not found.quarantined
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("fate", ["lost", "failed", "hung"])
+def test_a_poison_mask_is_given_up_by_name_and_all_else_is_computed(
+    workers: int, fate: str
+) -> None:
+    asked = masks(32)
+    poison = asked[19]
+    victims: list[str] = []
+
+    def fates(worker: str, unit: Unit, rng: np.random.Generator) -> str:
+        if poison in unit.masks:
+            if unit.masks == (poison,):
+                victims.append(worker)
+            return fate
+        return "done"
+
+    found = dispatcher(SimulatedCrew(workers, loss, fate=fates), unit_timeout_s=50)
+    answers = search(found, asked, 2, sure=True)
+
+    failure = Status.TIMED_OUT if fate == "hung" else Status.FAILED
+    for batch, row in enumerate(answers):
+        for mask, answer in zip(asked, row, strict=True):
+            right = Answer((), failure) if mask == poison else loss("t", batch, mask)
+            assert answer == right
+    assert list(found.quarantined) == [poison]
+    assert len(victims) <= 3
+    if workers > 1:
+        assert len(set(victims)) >= 2
+
+
+def test_workers_that_never_come_up_end_in_a_clear_error() -> None:
+    class Stillborn(SimulatedCrew):
+        def start(self, worker: str) -> None:
+            super().start(worker)
+            self._events.clear()
+            from depthsearch.evaluation.dispatch import Lost
+
+            self._later(1.0, Lost(worker, "no such file"))
+
+    with pytest.raises(ClusterError, match=r"4 times in a row \(no such file\)"):
+        search(dispatcher(Stillborn(1, loss)), masks(2), 1, sure=True)
+
+
+def test_a_cluster_without_room_ends_after_the_time_allowed() -> None:
+    crew = SimulatedCrew(0, loss)
+    with pytest.raises(ClusterError, match="no worker came up in 30 s"):
+        search(dispatcher(crew, start_timeout_s=30), masks(2), 1, sure=True)
+    assert crew.now >= 30
+
+
+def test_workers_may_join_while_the_search_runs() -> None:
+    crew = SimulatedCrew(1, loss)
+    found = dispatcher(crew)
+    found.compute("t", 0, masks(8), sure=True)
+    assert found.ready == 1
+
+    crew.capacity = 3
+    found.compute("t", 1, masks(40), sure=True)
+    for batch in range(2, 5):
+        found.compute("t", batch, masks(40), sure=True)
+
+    assert found.ready == 3
+    assert all(worker["units"] for worker in found.state()["workers"])
+
+
+def test_no_worker_holds_more_than_one_unit_beside_its_own() -> None:
+    most = 0
+
+    class Watching(SimulatedCrew):
+        def submit(self, worker: str, unit: Unit) -> None:
+            nonlocal most
+            super().submit(worker, unit)
+            most = max(most, len(self._held[worker]))
+
+    search(dispatcher(Watching(3, loss)), masks(40), 5, sure=True)
+    assert most == QUEUED == 2
+
+
+def test_work_is_spread_over_batches_before_masks_are_split() -> None:
+    seen: list[Unit] = []
+
+    def fate(worker: str, unit: Unit, rng: np.random.Generator) -> str:
+        seen.append(unit)
+        return "done"
+
+    search(dispatcher(SimulatedCrew(4, loss, fate=fate)), masks(32), 4, sure=True)
+    assert sorted(unit.batch for unit in seen) == [0, 1, 2, 3]
+    assert all(len(unit.masks) == 32 for unit in seen)
+
+    seen.clear()
+    search(dispatcher(SimulatedCrew(4, loss, fate=fate)), masks(32), 1, sure=True)
+    assert [len(unit.masks) for unit in seen] == [8, 8, 8, 8]
+    runs = sorted([mask.key for mask in unit.masks] for unit in seen)
+    assert [key for run in runs for key in run] == sorted(mask.key for mask in masks(32))
+
+
+def test_what_a_race_ends_is_not_computed_later() -> None:
+    computed: list[tuple[int, Mask]] = []
+
+    def evaluate(text: str, batch: int, mask: Mask) -> Answer:
+        computed.append((batch, mask))
+        return loss(text, batch, mask)
+
+    found = dispatcher(SimulatedCrew(2, evaluate))
+    asked = masks(32)
+    found.compute("t", 0, asked, range(1, 8), sure=False)
+    for batch in range(1, 8):
+        found.compute("t", batch, asked[:4], range(batch + 1, 8), sure=False)
+
+    assert len(computed) == len(set(computed))
+    assert sum(mask not in asked[:4] for batch, mask in computed if batch > 1) == 0
+
+
+def test_a_lone_worker_is_busy_all_the_time() -> None:
+    assert efficiency(1, [masks(32)], 4, spread=0.2) == pytest.approx(1.0)
