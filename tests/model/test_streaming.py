@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from depthsearch.errors import ModelError, UnsupportedModelError
 from depthsearch.model.families import FAMILIES
 from depthsearch.model.replay import Replayer
+from depthsearch.model.selfcheck import self_check
 from depthsearch.model.streaming import StreamedModel
 
 DTYPES = ("float32", "bfloat16")
@@ -102,6 +103,18 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple | list):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_of_two_blocks_stands_for_the_model(family: str, tmp_path: Path) -> None:
+    ours = opened(saved(tmp_path, family))
+    blocks = list(ours.anatomy.block_list(ours.model))
+    theirs = self_check(loaded(tmp_path), ours.anatomy)
+    found = ours.check()
+    assert (found.mode, found.replay_difference) == (theirs.mode, theirs.replay_difference)
+    assert found.sites_checked == tuple(site.name for site in ours.anatomy.sites[:4])
+    assert list(ours.anatomy.block_list(ours.model)) == blocks
+    assert all(p.is_meta for block in blocks for p in block.parameters())
 
 
 def test_shards(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from depthsearch.model.load import (
     supported_config,
     weight_files,
 )
+from depthsearch.model.selfcheck import SelfCheck, self_check
 from depthsearch.sources import one_line
 
 _LISTED = 3
@@ -134,6 +135,18 @@ class StreamedModel:
                 stack.enter_context(self._exchanged({name: absent}))
             stack.enter_context(self._present([self._head]))
             yield
+
+    def check(self, blocks: int = 2) -> SelfCheck:
+        """The self-check of the first `blocks` blocks, with the embeddings and head, all resident.
+
+        Every block of a family is built alike, so that their mode stands for the whole model.
+        Raises UnsupportedModelError as `self_check` does.
+        """
+        path = self.anatomy.stack.path
+        first = nn.ModuleList(list(self.anatomy.block_list(self.model))[:blocks])
+        parts = [*self._embeddings, self._head, *(self._block(i) for i in range(len(first)))]
+        with self._exchanged({path: first}), self._present(parts):
+            return self_check(self.model, describe(self.model))
 
     def _block(self, index: int) -> str:
         return f"{self.anatomy.stack.path}.{index}"
