@@ -9,8 +9,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("depthsearch", deadline=None)
+settings.load_profile("depthsearch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

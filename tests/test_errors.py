@@ -43,12 +43,7 @@ def test_every_error_has_a_docstring_of_its_own(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        (
-            name,
-            2
-            if issubclass(item, errors.InputError | errors.StorageError | errors.ClusterError)
-            else 1,
-        )
+        (name, 1 if item is errors.DepthsearchError else 2)
         for name, item in CLASSES.items()
         if issubclass(item, errors.DepthsearchError)
     ],

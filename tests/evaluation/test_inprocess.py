@@ -108,10 +108,10 @@ def test_positions_are_drawn_from_the_seed_alone() -> None:
     )  # fmt: skip
     assert other.run(0, masks).losses != first[0].run(0, masks).losses
     for backend, share in ((first[0], 4), (tiny_backend(positions=1e-9), 1)):
-        for positions in backend._positions:
-            assert positions.shape[1] == share
-            assert all(len(set(row)) == share for row in positions.tolist())
-            assert positions.max() <= 10
+        for sample in backend._samples:
+            assert sample.positions.shape[1] == share
+            assert all(len(set(row)) == share for row in sample.positions.tolist())
+            assert sample.positions.max() <= 10
 
 
 @pytest.mark.parametrize("shape", [(0, 12), (3, 1), (3,)])

@@ -37,7 +37,9 @@ class Table:
     def preparation(self) -> float:
         return 0.0
 
-    def run(self, batch: int, masks: Sequence[Mask]) -> UnitResult:
+    def run(
+        self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
+    ) -> UnitResult:
         self.asked.append((batch, tuple(masks)))
         statuses = tuple(self.failing.get((mask, batch), Status.OK) for mask in masks)
         rows = slice(batch * ROWS, (batch + 1) * ROWS)

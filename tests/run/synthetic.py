@@ -50,7 +50,9 @@ class Synthetic:
     def preparation(self) -> float:
         return float(self.batches * self.rows * WINDOW_TOKENS)
 
-    def run(self, batch: int, masks: Sequence[Mask]) -> UnitResult:
+    def run(
+        self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
+    ) -> UnitResult:
         self.units.update((batch, mask) for mask in masks)
         statuses = tuple(self.failing(mask) for mask in masks)
         cost = self._unit(masks)

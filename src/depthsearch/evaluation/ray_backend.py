@@ -62,9 +62,14 @@ class RayCrew:
     """The workers of one run as Ray actors: a `Crew`."""
 
     def __init__(
-        self, settings: RaySettings, source: ModelSource, packed: PackedModel | None = None
+        self,
+        settings: RaySettings,
+        source: ModelSource,
+        packed: PackedModel | None = None,
+        worker: type[Worker] = Worker,
     ) -> None:
-        _connect(settings)
+        self._ours = _connect(settings)
+        self._workers = settings.workers
         self._settings = settings
         self._source = source
         self._packed = None if packed is None else _put(packed)
@@ -75,7 +80,7 @@ class RayCrew:
             max_restarts=0,
             max_task_retries=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(source.threads)}},
-        )(Worker)
+        )(worker)
         self._texts: dict[str, Any] = {}
         self._actors: dict[str, Any] = {}
         self._tasks: dict[Any, tuple[str, int | None]] = {}
@@ -92,8 +97,8 @@ class RayCrew:
     def capacity(self) -> int:
         """The configured number of workers, or what the cluster has room for."""
         settings = self._settings
-        if settings.workers is not None:
-            return settings.workers
+        if self._workers is not None:
+            return self._workers
         asked, room = self._room
         if time.monotonic() - asked > _CAPACITY_EVERY_S or room == 0:
             there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -101,6 +106,10 @@ class RayCrew:
             room = int(min(there.get(kind, 0) // n for kind, n in need.items() if n > 0))
             self._room = (time.monotonic(), room)
         return room
+
+    def grow(self, workers: int) -> None:
+        """Make room for more workers than there were so far."""
+        self._workers = max(workers, self._workers or 0)
 
     def start(self, worker: str) -> None:
         """Create an actor; it loads the model and then reports where it runs."""
@@ -137,9 +146,11 @@ class RayCrew:
         return events
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers, and the cluster where it was started for them."""
         for worker in list(self._actors):
             self.kill(worker)
+        if self._ours:
+            ray.shutdown()
 
     def _event(self, task: Any) -> Event:
         worker, number = self._tasks.pop(task)
@@ -163,15 +174,19 @@ class RayCrew:
 
 
 class Cluster:
-    """The crew and the dispatcher of one run; a context manager.
+    """The crew and the dispatcher of one session; a context manager.
 
     `on_state` hears every two seconds where things stand; no result depends on it.
     """
 
     def __init__(
-        self, settings: RaySettings, source: ModelSource, packed: PackedModel | None = None
+        self,
+        settings: RaySettings,
+        source: ModelSource,
+        packed: PackedModel | None = None,
+        worker: type[Worker] = Worker,
     ) -> None:
-        self.crew = RayCrew(settings, source, packed)
+        self.crew = RayCrew(settings, source, packed, worker)
         self.dispatcher = Dispatcher(self.crew, settings.limits, on_change=self._tell)
         self.on_state: OnState | None = None
         self._told = 0.0
@@ -189,9 +204,8 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """End the workers, and the cluster where this run started it."""
+        """End the workers, and the cluster where this run joined or started it."""
         self.crew.close()
-        ray.shutdown()
 
     def _tell(self, dispatcher: Dispatcher) -> None:
         now = time.monotonic()
@@ -256,12 +270,15 @@ class RayBackend:
         return self._planner.hints()
 
 
-def _connect(settings: RaySettings) -> None:
-    """Join the cluster, or start one that listens on this machine only."""
+def _connect(settings: RaySettings) -> bool:
+    """Join the cluster, or start one that listens on this machine only.
+
+    False where this process has joined one already; True makes leaving it our duty.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
-        return
+        return False
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if settings.address is not None:
         options["address"] = settings.address
@@ -272,19 +289,20 @@ def _connect(settings: RaySettings) -> None:
             options["num_cpus"] = max(
                 os.cpu_count() or 1, int(settings.workers * settings.num_cpus)
             )
-    for left in reversed(range(_CONNECT_TRIES)):
+    problem: BaseException | None = None
+    for _ in range(_CONNECT_TRIES):
         try:
             ray.init(**options)
+            return True
         except (ConnectionError, RuntimeError, ValueError, RayError) as error:
             # On a busy machine Ray's own servers may take longer to come up than it waits.
             ray.shutdown()
-            if left == 0:
-                where = settings.address or "a local cluster"
-                raise ClusterError(
-                    f"Ray: {where} can't be reached or started: {_reason(error)}"
-                ) from error
-        else:
-            return
+            problem = error
+    assert problem is not None
+    where = settings.address or "a local cluster"
+    raise ClusterError(
+        f"Ray: {where} can't be reached or started: {_reason(problem)}"
+    ) from problem
 
 
 def _put(value: object) -> Any:

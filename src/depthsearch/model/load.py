@@ -74,7 +74,7 @@ def load_model(
     if is_path(path_or_id, (".gguf", ".safetensors")):
         location = _local(path_or_id, cache_dir)
     options = {} if isinstance(location, Path) else {"revision": revision}
-    with _foreign(path_or_id):
+    with loading_errors(path_or_id):
         model, missing = _model(location, kind, trust_remote_code, options)
         if missing:
             raise ModelError(
@@ -206,8 +206,29 @@ def _model(
     location: str | Path, dtype: torch.dtype, trust_remote_code: bool, options: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """The model and the names of parameters that no file holds."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = supported_config(location, trust_remote_code, options)
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(
+        location,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    return model, sorted(info["missing_keys"])
+
+
+def supported_config(
+    location: str | Path, trust_remote_code: bool = False, options: dict[str, Any] | None = None
+) -> Any:
+    """The configuration of a checkpoint; raises UnsupportedModelError where it can't be used."""
+    from transformers import AutoConfig
+
+    options = options or {}
     config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
     if getattr(config, "is_encoder_decoder", False):
@@ -225,17 +246,7 @@ def _model(
         raise UnsupportedModelError(
             f"{location}: {named} is quantized ({method}); use the checkpoint it was made from"
         )
-    loader: Any = AutoModelForCausalLM
-    model, info = loader.from_pretrained(
-        location,
-        config=config,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,
-    )
-    return model, sorted(info["missing_keys"])
+    return config
 
 
 def _tokenizer(
@@ -271,7 +282,7 @@ def _snapshot(repository: str, options: dict[str, Any]) -> Path:
 
 
 @contextmanager
-def _foreign(source: str) -> Iterator[None]:
+def loading_errors(source: str) -> Iterator[None]:
     """Load through transformers silently, and turn what it raises into one line."""
     import huggingface_hub
     import transformers

@@ -29,6 +29,10 @@ class Mode(StrEnum):
     WHOLE = "whole"
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of one block beside the hidden states."""
+
+
 @dataclass(frozen=True)
 class Recording:
     """One batch as the blocks see it: ids `[batch, seq]`, hidden states `[batch, seq, hidden]`.
@@ -40,7 +44,7 @@ class Recording:
     ids: Tensor
     first: Tensor
     last: Tensor
-    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    calls: tuple[Call, ...]
 
 
 class Replayer:
@@ -59,7 +63,31 @@ class Replayer:
     @torch.no_grad()
     def record(self, ids: Tensor) -> Recording:
         """Run the dense model once on `ids` `[batch, seq]` and keep what its blocks were given."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        last: list[Tensor] = []
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            last[:] = [_tensor(output)]
+
+        hook = self.anatomy.block_list(self.model)[-1].register_forward_hook(after)
+        try:
+            first, calls = self._calls(ids)
+        finally:
+            hook.remove()
+        return Recording(ids, first, last[0], calls)
+
+    @torch.no_grad()
+    def entry(self, ids: Tensor) -> tuple[Tensor, tuple[Call, ...]]:
+        """What enters block 0 for `ids` `[batch, seq]`, and the further arguments of every block.
+
+        As in `record`, but no block is run, so none needs its weights.
+        """
+        views = [through_view(block) for block in self.anatomy.block_list(self.model)]
+        with replaced_blocks(self.model, self.anatomy, views):
+            return self._calls(ids)
+
+    def _calls(self, ids: Tensor) -> tuple[Tensor, tuple[Call, ...]]:
+        """One forward pass, and what the blocks now in the model were called with."""
+        calls: list[Call] = []
         states: list[Tensor] = []
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -69,12 +97,8 @@ class Replayer:
                 states.append(hidden)
             calls.append((tuple(args[1:]), kwargs))
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            states[1:] = [_tensor(output)]
-
-        blocks = self.anatomy.block_list(self.model)
+        blocks = list(self.anatomy.block_list(self.model))
         hooks = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
-        hooks.append(blocks[-1].register_forward_hook(after))
         try:
             self.body(ids)
         finally:
@@ -85,7 +109,7 @@ class Replayer:
                 f"{self.anatomy.model_class} called {len(calls)} blocks of {len(blocks)} in one "
                 "forward pass: its blocks cannot be replayed"
             )
-        return Recording(ids, states[0], states[1], tuple(calls))
+        return states[0], tuple(calls)
 
     def body(self, ids: Tensor) -> None:
         """One ordinary forward pass with the head at the last position only."""
@@ -98,9 +122,16 @@ class Replayer:
         self, recording: Recording, block: int, hidden: Tensor, *, attention: bool, ffn: bool
     ) -> Tensor:
         """The hidden states `[batch, seq, hidden]` after one block with the sublayers asked for."""
+        return self.apply(recording.calls[block], block, hidden, attention=attention, ffn=ffn)
+
+    @torch.no_grad()
+    def apply(
+        self, call: Call, block: int, hidden: Tensor, *, attention: bool, ffn: bool
+    ) -> Tensor:
+        """As `step`, for a block whose further arguments are `call`."""
         if not attention and not ffn:
             return hidden
-        args, kwargs = recording.calls[block]
+        args, kwargs = call
         return _tensor(self._views[block, attention, ffn](hidden, *args, **kwargs))
 
     @torch.no_grad()

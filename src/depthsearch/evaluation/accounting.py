@@ -1,0 +1,83 @@
+"""What evaluating masks costs, in `cost_tokens`: the same figures for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from depthsearch.evaluation.prefix import executed_sites
+from depthsearch.model.anatomy import Anatomy
+from depthsearch.model.costs import cost_table, head_flops
+from depthsearch.model.replay import Mode
+from depthsearch.space import Mask
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """FLOPs of the parts of one model for one token, and what is executed for a set of masks.
+
+    One cost_token is the FLOPs of one token through all sites and the head. `looked_at` are the
+    positions of each sequence that the head runs for.
+    """
+
+    site_flops: tuple[int, ...]
+    head_flops: int
+    window_tokens: int
+    looked_at: int
+    needs_teacher: bool
+    mode: Mode
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        anatomy: Anatomy,
+        *,
+        window_tokens: int,
+        looked_at: int,
+        needs_teacher: bool,
+        mode: Mode,
+    ) -> Accounting:
+        """The accounting of `model`, whose weights may be on the meta device."""
+        sites = cost_table(model, anatomy, window_tokens).of("flops").sites
+        return cls(tuple(sites), head_flops(model), window_tokens, looked_at, needs_teacher, mode)
+
+    @property
+    def dense_flops(self) -> int:
+        """FLOPs of one token through the dense model."""
+        return sum(self.site_flops) + self.head_flops
+
+    def preparation(self, sequences: int) -> float:
+        """The dense pass that records `sequences` sequences; it needs no head."""
+        return sequences * self.window_tokens * sum(self.site_flops) / self.dense_flops
+
+    def executed(self, masks: Sequence[Mask]) -> list[int]:
+        """How often each site is run for these masks, at least one."""
+        if self.mode is Mode.WHOLE:
+            return [sum(mask.keep[i] for mask in masks) for i in range(len(masks[0]))]
+        return executed_sites(masks, width(self.mode))
+
+    def unit(self, executed: Sequence[int], masks: int, sequences: int) -> float:
+        """One unit: `executed[site]` runs of each site, and the heads of `masks` masks."""
+        body = sum(n * cost for n, cost in zip(executed, self.site_flops, strict=True))
+        heads = (masks + self.needs_teacher) * self.looked_at * sequences
+        flops = body * sequences * self.window_tokens + heads * self.head_flops
+        return flops / self.dense_flops
+
+    def plan(self, masks: Sequence[Mask], sequences: Sequence[int]) -> float:
+        """`masks` on batches of so many `sequences`."""
+        if not masks:
+            return 0.0
+        executed = self.executed(masks)
+        return sum(self.unit(executed, len(masks), count) for count in sequences)
+
+    def hints(self, tokens: int) -> float:
+        """The dense residual stream of `tokens` tokens: inside the blocks attention runs twice."""
+        return tokens * (sum(self.site_flops) + sum(self.site_flops[::2])) / self.dense_flops
+
+
+def width(mode: Mode) -> int:
+    """Neighbouring sites that are run at once in `mode`."""
+    return 1 if mode is Mode.SITE else 2

@@ -1,0 +1,218 @@
+"""A real Ray cluster on this machine, with real workers that really die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from tests.tiny_models import MODEL_TYPES, tiny_model
+from tests.tiny_runs import workplace_config, write_workplace
+
+from depthsearch.config import RunConfig
+from depthsearch.errors import ClusterError
+from depthsearch.evaluation.dispatch import Limits
+from depthsearch.evaluation.ray_backend import Cluster, RayBackend, RayCrew, RaySettings
+from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
+from depthsearch.journal import read_journal, without_times
+from depthsearch.model.packing import pack, unpack
+from depthsearch.run.directory import BEST, JOURNAL
+from depthsearch.run.search import search
+from depthsearch.run.session import Session
+from depthsearch.searchers import SEARCHERS
+from depthsearch.space import Mask, Status
+
+pytestmark = [
+    pytest.mark.timeout(900),
+    # Ray leaves sockets and files to the end of the process.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:Tip.*:FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cluster")
+    write_workplace(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster_of_one(workplace: Path) -> Iterator[Session]:
+    """A session with a local Ray cluster that has room for 12 workers and starts with one."""
+    ray.init(
+        num_cpus=12, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+    )
+    session = Session.open(on_ray(workplace, workers=1, weights="store"))
+    yield session
+    session.close()
+    ray.shutdown()
+
+
+def on_ray(workplace: Path, method: str = "evolution", **cluster: object) -> RunConfig:
+    settings = {"method": method, "max_evaluations": 20, "finalists": 2}
+    return workplace_config(
+        workplace, search=settings, cluster={"backend": "ray", "threads": 1, **cluster}
+    )
+
+
+def result_of(run: Path) -> tuple[str, bytes]:
+    return without_times(read_journal(run / JOURNAL)), (run / BEST).read_bytes()
+
+
+def crew_of(session: Session) -> RayCrew:
+    assert session.workers.cluster is not None
+    return session.workers.cluster.crew
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every method's run in this process."""
+    runs = {}
+    for method in SEARCHERS:
+        config = on_ray(workplace, method)
+        config = config.model_copy(
+            update={"cluster": config.cluster.model_copy(update={"backend": "in-process"})}
+        )
+        runs[method] = tmp_path_factory.mktemp("undisturbed") / method
+        search(config, runs[method])
+    return runs
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_journal_and_best_mask_are_those_of_one_process(
+    cluster_of_one: Session,
+    undisturbed: dict[str, Path],
+    workplace: Path,
+    tmp_path: Path,
+    workers: int,
+) -> None:
+    for method, reference in undisturbed.items():
+        session = replace(cluster_of_one, config=on_ray(workplace, method))
+        if session.workers.cluster is not None:
+            crew_of(session).grow(workers)
+            until_joined(session, workers)
+        search(session.config, tmp_path / method, session=session)
+        assert result_of(tmp_path / method) == result_of(reference)
+    assert session.workers.cluster is not None
+    state = session.workers.cluster.dispatcher.state()
+    assert len(state["workers"]) == workers
+    assert not state["quarantined"]
+
+
+def until_joined(session: Session, workers: int) -> None:
+    """Evaluate something until that many workers take part."""
+    assert session.workers.cluster is not None
+    dispatcher = session.workers.cluster.dispatcher
+    deadline = time.monotonic() + 600
+    backend = session.backend(session.splits(0).select, 0)
+    while dispatcher.ready < workers:
+        assert time.monotonic() < deadline
+        backend.run(0, [session.space.dense])
+
+
+def test_workers_killed_while_they_compute_change_nothing(
+    cluster_of_one: Session, undisturbed: dict[str, Path], workplace: Path, tmp_path: Path
+) -> None:
+    session = replace(cluster_of_one, config=on_ray(workplace))
+    session.backend(session.splits(0).select, 0)
+    until_joined(session, 2)
+    crew, killed = crew_of(session), []
+    ended = threading.Event()
+
+    def murder() -> None:
+        while not ended.wait(0.05) and len(killed) < 2:
+            for about in list(crew.about.values())[:1]:
+                if about["pid"] not in killed and psutil.pid_exists(about["pid"]):
+                    os.kill(about["pid"], signal.SIGKILL)
+                    killed.append(about["pid"])
+
+    murderer = threading.Thread(target=murder)
+    murderer.start()
+    try:
+        search(session.config, tmp_path / "run", session=session)
+    finally:
+        ended.set()
+        murderer.join()
+    assert killed
+    assert result_of(tmp_path / "run") == result_of(undisturbed["evolution"])
+
+
+class Fragile(Worker):
+    """Dies of masks that drop the first site, and refuses those that drop the last."""
+
+    def run(self, text: Text, batch: int, keys: Sequence[str]) -> Computed:
+        if any(key.startswith("0") for key in keys):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if any(key.endswith("0") for key in keys):
+            return Computed(error="RuntimeError: no such luck")
+        return super().run(text, batch, keys)
+
+
+def test_masks_that_kill_or_fail_are_given_up_and_the_others_computed(
+    cluster_of_one: Session, workplace: Path
+) -> None:
+    session = cluster_of_one
+    model = session.config.model.path
+    source = ModelSource(str(Path(model).absolute()), "float32", "cpu", None, False, 1)
+    text = Text(
+        "fragile", session.splits(0).select.numpy(), "kl", str(session.check.mode), 64, 0.25, 0
+    )
+    sites = len(session.space.sites)
+    masks = [Mask.dropping(sites, [n]) for n in range(sites)]
+    planner = session._in_process(session.splits(0).select, text_objective(), 0.25, 0)
+    settings = RaySettings(workers=2, limits=Limits(restarts=8))
+    with Cluster(settings, source, worker=Fragile) as cluster:
+        found = RayBackend(cluster, planner, text).run(0, masks)
+        assert set(cluster.dispatcher.quarantined) == {masks[0], masks[-1]}
+        assert "no such luck" in cluster.dispatcher.quarantined[masks[-1]]
+    right = planner.run(0, masks)
+    assert found.losses[1:-1] == right.losses[1:-1]
+    assert found.statuses[0] == found.statuses[-1] == Status.FAILED
+    assert found.cost_tokens == right.cost_tokens
+
+
+def text_objective() -> object:
+    from depthsearch.calibration.objectives import KLDivergence
+
+    return KLDivergence()
+
+
+def test_workers_that_cannot_load_the_model_end_the_run_with_one_line(
+    cluster_of_one: Session, tmp_path: Path
+) -> None:
+    source = ModelSource(str(tmp_path / "nowhere"), "float32", "cpu", None, False, 1)
+    settings = RaySettings(workers=1, limits=Limits(restarts=1))
+    text = Text("t", cluster_of_one.splits(0).select.numpy(), "kl", "site", 64, 0.25, 0)
+    with Cluster(settings, source) as cluster:
+        cluster.crew.add_text(text)
+        with pytest.raises(ClusterError, match="2 times in a row") as caught:
+            cluster.dispatcher.compute("t", 0, [cluster_of_one.space.dense], sure=True)
+    assert "nowhere" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_a_packed_model_computes_the_same_from_the_same_memory(
+    family: str, dtype: torch.dtype
+) -> None:
+    model = tiny_model(family, 3, dtype)
+    packed = pack(model)
+    for array in packed.arrays:
+        array.flags.writeable = False
+    again = unpack(packed)
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert {tensor.data_ptr() for tensor in again.state_dict().values()} == own
