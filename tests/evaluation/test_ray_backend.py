@@ -17,8 +17,10 @@ import torch
 from tests.tiny_models import MODEL_TYPES, tiny_model
 from tests.tiny_runs import workplace_config, write_workplace
 
+from depthsearch.calibration.objectives import KLDivergence
 from depthsearch.config import RunConfig
 from depthsearch.errors import ClusterError
+from depthsearch.evaluation import InProcess
 from depthsearch.evaluation.dispatch import Limits
 from depthsearch.evaluation.ray_backend import Cluster, RayBackend, RayCrew, RaySettings
 from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
@@ -169,7 +171,14 @@ def test_masks_that_kill_or_fail_are_given_up_and_the_others_computed(
     )
     sites = len(session.space.sites)
     masks = [Mask.dropping(sites, [n]) for n in range(sites)]
-    planner = session._in_process(session.splits(0).select, text_objective(), 0.25, 0)
+    planner = InProcess(
+        session.loaded.model,
+        session.anatomy,
+        session.splits(0).select,
+        KLDivergence(),
+        mode=session.check.mode,
+        batch_tokens=64,
+    )
     settings = RaySettings(workers=2, limits=Limits(restarts=8))
     with Cluster(settings, source, worker=Fragile) as cluster:
         found = RayBackend(cluster, planner, text).run(0, masks)
@@ -179,12 +188,6 @@ def test_masks_that_kill_or_fail_are_given_up_and_the_others_computed(
     assert found.losses[1:-1] == right.losses[1:-1]
     assert found.statuses[0] == found.statuses[-1] == Status.FAILED
     assert found.cost_tokens == right.cost_tokens
-
-
-def text_objective() -> object:
-    from depthsearch.calibration.objectives import KLDivergence
-
-    return KLDivergence()
 
 
 def test_workers_that_cannot_load_the_model_end_the_run_with_one_line(

@@ -9,7 +9,7 @@ import pytest
 from tests.tiny_runs import workplace_config
 
 from depthsearch.config import load_config
-from depthsearch.errors import DataError, JournalError, RunDirectoryError
+from depthsearch.errors import ConfigError, DataError, JournalError, RunDirectoryError
 from depthsearch.journal import read_journal, without_times
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL
 from depthsearch.run.search import resume, run_config, search
@@ -32,6 +32,30 @@ def finished(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("runs") / "run"
     search(session.config, out, session=session)
     return out
+
+
+def test_streamed_weights_write_the_same_journal(
+    workplace: Path, finished: Path, tmp_path: Path
+) -> None:
+    config = workplace_config(workplace, model={"streamed": True, "host_gb": 0.001})
+    search(config, tmp_path / "run")
+    assert journal_of(tmp_path / "run") == journal_of(finished)
+    assert (tmp_path / "run" / BEST).read_bytes() == (finished / BEST).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"streamed": True}, "cluster": {"backend": "ray"}}, "in one process"),
+        ({"model": {"streamed": True, "trust_remote_code": True}}, "own code"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_first(
+    workplace: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        search(workplace_config(workplace, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class StoppedError(Exception):

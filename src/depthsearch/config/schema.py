@@ -90,6 +90,10 @@ class ModelConfig(_Section):
     """branch, tag or commit of a hub model"""
     trust_remote_code: bool = False
     """run the Python code that a hub model brings along"""
+    streamed: bool = False
+    """bring one block at a time to the device, for a model that it can't hold whole"""
+    host_gb: Annotated[float, Field(gt=0)] | None = None
+    """memory for hidden states that wait while streaming; less of it takes more passes"""
 
 
 class BudgetConfig(_Section):

@@ -300,9 +300,7 @@ def _connect(settings: RaySettings) -> bool:
             problem = error
     assert problem is not None
     where = settings.address or "a local cluster"
-    raise ClusterError(
-        f"Ray: {where} can't be reached or started: {_reason(problem)}"
-    ) from problem
+    raise ClusterError(f"Ray: {where} can't be reached or started: {_reason(problem)}") from problem
 
 
 def _put(value: object) -> Any:

@@ -83,7 +83,7 @@ def load_model(
                 "belongs to it"
             )
         model = model.to(target).eval().requires_grad_(False)
-    tokenizer = _tokenizer(path_or_id, location, trust_remote_code, options)
+    tokenizer = load_tokenizer(path_or_id, location, trust_remote_code, options)
     if isinstance(location, Path):
         folder, commit = location, None
     else:
@@ -92,6 +92,27 @@ def load_model(
     return LoadedModel(
         model, tokenizer, path_or_id, commit, fingerprint(folder), kind, target, folder
     )
+
+
+def checkpoint_folder(
+    path_or_id: str, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The directory that holds the checkpoint: a GGUF file is converted, a hub id downloaded.
+
+    Raises as `load_model` does.
+    """
+    if is_path(path_or_id, (".gguf", ".safetensors")):
+        return _local(path_or_id, cache_dir)
+    from huggingface_hub import snapshot_download
+
+    with loading_errors(path_or_id):
+        return Path(
+            snapshot_download(
+                path_or_id,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.model"],
+            )
+        )
 
 
 def resolve_device(device: str) -> torch.device:
@@ -249,9 +270,10 @@ def supported_config(
     return config
 
 
-def _tokenizer(
+def load_tokenizer(
     source: str, location: str | Path, trust_remote_code: bool, options: dict[str, Any]
 ) -> Any:
+    """The tokenizer at `location`, shown to work; raises ModelError."""
     from transformers import AutoTokenizer
 
     try:

@@ -16,6 +16,8 @@ CONFIG = "config.yaml"
 JOURNAL = "journal.jsonl"
 BEST = "best.json"
 REPORT = "report.html"
+WORKERS = "workers.json"
+"""Where the workers of a cluster stand; for watchers, and no part of the result."""
 
 
 def create_directory(path: Path, files: Mapping[str, str]) -> None:

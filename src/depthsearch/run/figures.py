@@ -56,7 +56,9 @@ def export_run(
     best = read_json(
         run / BEST, f"it has not finished; continue it with `depthsearch resume {run}`"
     )
-    session = Session.open(config)
+    # Writing a checkpoint takes the whole model anyway, in the memory of this machine.
+    model = config.model.model_copy(update={"streamed": False})
+    session = Session.open(config.model_copy(update={"model": model}))
     if session.loaded.fingerprint != best["model"]["fingerprint"]:
         raise RunDirectoryError(
             f"the model at {config.model.path} is not the one that {run} searched (its fingerprint "

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from depthsearch import __version__
 from depthsearch.config import RunConfig, load_config, resolved_yaml
-from depthsearch.errors import RunDirectoryError
+from depthsearch.errors import RunDirectoryError, StorageError
 from depthsearch.journal import Journal
-from depthsearch.run.directory import BEST, CONFIG, JOURNAL, create_directory, write_json
+from depthsearch.run.directory import (
+    BEST,
+    CONFIG,
+    JOURNAL,
+    WORKERS,
+    create_directory,
+    write_json,
+)
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.loop import OnProgress, Outcome, SearchLoop, check_cost
 from depthsearch.run.session import Session, best_json, opened
@@ -84,12 +93,14 @@ def _continue(
     splits = session.splits(seed)
     signature = session.signature(splits, seed)
     with Journal(out / JOURNAL) as journal:
+        select, finals = (session.backend(w, seed) for w in (splits.select, splits.finals))
+        session.tell_workers_to(partial(_write_state, out / WORKERS))
         loop = SearchLoop(
             Ledger(journal),
             session.space,
             session.plan(),
-            session.backend(splits.select, seed),
-            session.backend(splits.finals, seed),
+            select,
+            finals,
             on_progress,
         )
         outcome = loop.run(_start(session, signature))
@@ -97,6 +108,12 @@ def _continue(
             finish(out)
         write_json(out / BEST, best_json(session, outcome, seed, signature))
     return outcome
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write what watchers read; no search ends because it can't be written."""
+    with suppress(StorageError):
+        write_json(path, state)
 
 
 def _start(session: Session, signature: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +131,7 @@ def shareable_config(session: Session) -> dict[str, Any]:
     Paths and workers differ between machines without making another search; the fingerprints tell.
     """
     config = session.config.to_json()
-    del config["cluster"]
+    del config["cluster"], config["model"]["streamed"], config["model"]["host_gb"]
     config["model"]["path"] = session.model_json["source"]
     config["calibration"]["text"] = session.documents_name
     if config["search"]["options"].get("storage") is not None:

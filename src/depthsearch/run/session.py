@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,11 +21,18 @@ from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.calibration.windows import Splits, make_splits
 from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
 from depthsearch.errors import ConfigError, MaskError
-from depthsearch.evaluation import Backend, InProcess
+from depthsearch.evaluation import Backend, InProcess, Streamed
 from depthsearch.model.anatomy import Anatomy, describe
 from depthsearch.model.costs import cost_table
-from depthsearch.model.load import LoadedModel, load_model
+from depthsearch.model.load import (
+    LoadedModel,
+    checkpoint_folder,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+)
 from depthsearch.model.selfcheck import SelfCheck, self_check
+from depthsearch.model.streaming import StreamedModel
 from depthsearch.run.loop import Outcome, Plan
 from depthsearch.searchers import check_options
 from depthsearch.sources import is_path
@@ -58,6 +65,7 @@ class Session:
     check: SelfCheck
     documents: Documents
     space: SearchSpace
+    streamed: StreamedModel | None = None
     workers: Workers = field(default_factory=Workers, repr=False, compare=False)
 
     @classmethod
@@ -74,10 +82,15 @@ class Session:
             config.calibration.split,
             config.calibration.subset,
         )
-        loaded = open_model(config)
+        streamed = None
+        if config.model.streamed:
+            loaded, streamed = open_streamed(config)
+        else:
+            loaded = open_model(config)
         anatomy = describe(loaded.model)
         space = make_space(config.space, loaded.model, anatomy)
-        return cls(config, loaded, anatomy, self_check(loaded.model, anatomy), documents, space)
+        check = self_check(loaded.model, anatomy) if streamed is None else streamed.check()
+        return cls(config, loaded, anatomy, check, documents, space, streamed)
 
     def splits(self, seed: int) -> Splits:
         """Select and finals windows drawn by `seed`; the held-out ones never depend on it."""
@@ -100,11 +113,9 @@ class Session:
     def backend(self, windows: torch.Tensor, seed: int) -> Backend:
         """The configured backend for the configured objective on `windows`."""
         objective = self.config.objective
-        in_process = self._in_process(
-            windows, OBJECTIVES[objective.kind](), objective.positions, seed
-        )
-        if self.config.cluster.backend == "in-process":
-            return in_process
+        here = self._here(windows, OBJECTIVES[objective.kind](), objective.positions, seed)
+        if isinstance(here, Streamed) or self.config.cluster.backend == "in-process":
+            return here
         from depthsearch.evaluation.ray_backend import RayBackend
         from depthsearch.evaluation.worker import Text
 
@@ -117,7 +128,12 @@ class Session:
             positions=objective.positions,
             seed=seed,
         )
-        return RayBackend(self._cluster(), in_process, text)
+        return RayBackend(self._cluster(), here, text)
+
+    def tell_workers_to(self, on_state: Callable[[dict[str, Any]], None]) -> None:
+        """Have the state of the workers told from now on, if there are any."""
+        if self.workers.cluster is not None:
+            self.workers.cluster.on_state = on_state
 
     def _cluster(self) -> Cluster:
         """The workers, started now where they are not yet."""
@@ -156,13 +172,25 @@ class Session:
         on_gpu = self.config.cluster.backend == "ray" and self.config.cluster.num_gpus > 0
         return "cuda" if on_gpu else str(self.loaded.device)
 
-    def judge(self, windows: torch.Tensor) -> InProcess:
-        """An in-process backend for held-out figures, on every position."""
-        return self._in_process(windows, KLDivergence(), 1.0, 0)
+    def judge(self, windows: torch.Tensor) -> InProcess | Streamed:
+        """A backend of this process for held-out figures, on every position."""
+        return self._here(windows, KLDivergence(), 1.0, 0)
 
-    def _in_process(
+    def _here(
         self, windows: torch.Tensor, objective: Objective, positions: float, seed: int
-    ) -> InProcess:
+    ) -> InProcess | Streamed:
+        if self.streamed is not None:
+            room = self.config.model.host_gb
+            return Streamed(
+                self.streamed,
+                windows,
+                objective,
+                mode=self.check.mode,
+                batch_tokens=self.config.calibration.batch_tokens,
+                positions=positions,
+                seed=seed,
+                host_bytes=None if room is None else int(room * 10**9),
+            )
         return InProcess(
             self.loaded.model,
             self.anatomy,
@@ -249,6 +277,26 @@ def open_model(config: RunConfig) -> LoadedModel:
     return load_model(model.path, dtype, device, model.revision, model.trust_remote_code)
 
 
+def open_streamed(config: RunConfig) -> tuple[LoadedModel, StreamedModel]:
+    """The configured model without its weights, and what brings them block by block."""
+    model = config.model
+    folder = checkpoint_folder(model.path, model.revision)
+    streamed = StreamedModel.open(folder, model.dtype, model.device)
+    return (
+        LoadedModel(
+            streamed.model,
+            load_tokenizer(model.path, folder, False, {}),
+            model.path,
+            None if is_path(model.path) else folder.name,
+            fingerprint(folder),
+            streamed.dtype,
+            streamed.device,
+            folder,
+        ),
+        streamed,
+    )
+
+
 @contextmanager
 def opened(config: RunConfig, session: Session | None) -> Iterator[Session]:
     """`session` itself, or one opened now and closed at the end."""
@@ -268,6 +316,12 @@ def _check_cluster(config: RunConfig) -> None:
             "cluster.backend is ray, which is not installed: pip install 'depthsearch[ray]', or "
             "set cluster.backend=in-process"
         )
+    if config.cluster.backend == "ray" and config.model.streamed:
+        raise ConfigError(
+            "model.streamed works in one process for now: set cluster.backend=in-process"
+        )
+    if config.model.streamed and config.model.trust_remote_code:
+        raise ConfigError("model.streamed can't run a model's own code: leave one of them out")
 
 
 def _threads(config: RunConfig) -> int | None:
