@@ -16,6 +16,9 @@ CONFIG = "config.yaml"
 JOURNAL = "journal.jsonl"
 BEST = "best.json"
 REPORT = "report.html"
+WORKERS = "workers.json"
+COMPARE = "compare.json"
+ARMS = "arms"
 
 
 def create_directory(path: Path, files: Mapping[str, str]) -> None:
