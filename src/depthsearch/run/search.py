@@ -14,6 +14,7 @@ from depthsearch.run.directory import BEST, CONFIG, JOURNAL, create_directory, w
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.loop import OnProgress, Outcome, SearchLoop, check_cost
 from depthsearch.run.session import Session, best_json
+from depthsearch.run.tracking import Tracker, open_tracker, tracked
 from depthsearch.searchers import check_storage
 
 Finish = Callable[[Path], object]
@@ -26,19 +27,22 @@ def search(
     session: Session | None = None,
     on_progress: OnProgress | None = None,
     finish: Finish | None = None,
+    tracker: Tracker | None = None,
 ) -> Outcome:
     """Search as configured in the new run directory `out`.
 
     `finish(out)` runs after the journal is complete and before best.json, which is written last, so
-    its existence means that the run is whole. Raises InputError before anything is created where
+    its existence means that the run is whole. `tracker` gets the figures of each step instead of
+    the configured one. Raises InputError before anything is created where
     something asked for is wrong, RunDirectoryError where `out` exists.
     """
     if out.exists():
         create_directory(out, {})
+    tracker = tracker or open_tracker(config.tracking, out)
     session = session or Session.open(config)
     _check(session)
     create_directory(out, {CONFIG: resolved_yaml(config), JOURNAL: ""})
-    return _continue(session, out, on_progress, finish)
+    return _continue(session, out, on_progress, finish, tracker)
 
 
 def _check(session: Session) -> None:
@@ -56,6 +60,7 @@ def resume(
     session: Session | None = None,
     on_progress: OnProgress | None = None,
     finish: Finish | None = None,
+    tracker: Tracker | None = None,
 ) -> Outcome:
     """Continue a killed or interrupted search; a finished one is checked and left as it is.
 
@@ -63,7 +68,8 @@ def resume(
     diverges from the journal.
     """
     config = run_config(out)
-    return _continue(session or Session.open(config), out, on_progress, finish)
+    tracker = tracker or open_tracker(config.tracking, out)
+    return _continue(session or Session.open(config), out, on_progress, finish, tracker)
 
 
 def run_config(out: Path) -> RunConfig:
@@ -78,14 +84,18 @@ def run_config(out: Path) -> RunConfig:
 
 
 def _continue(
-    session: Session, out: Path, on_progress: OnProgress | None, finish: Finish | None
+    session: Session,
+    out: Path,
+    on_progress: OnProgress | None,
+    finish: Finish | None,
+    tracker: Tracker | None,
 ) -> Outcome:
     seed = session.config.search.seed
     splits = session.splits(seed)
     signature = session.signature(splits, seed)
-    with Journal(out / JOURNAL) as journal:
+    with Journal(out / JOURNAL) as journal, tracked(tracker, out) as on_record:
         loop = SearchLoop(
-            Ledger(journal),
+            Ledger(journal, on_record),
             session.space,
             session.plan(),
             session.backend(splits.select, seed),
@@ -111,9 +121,11 @@ def _start(session: Session, signature: dict[str, Any]) -> dict[str, Any]:
 def shareable_config(session: Session) -> dict[str, Any]:
     """The configuration without the folders of this machine and without what may be secret.
 
-    Paths differ between machines without making another search; the fingerprints tell.
+    Paths differ between machines without making another search; the fingerprints tell. The tracker
+    is left out too: it changes no result, and it may be exchanged before a resume.
     """
     config = session.config.to_json()
+    del config["tracking"]
     config["model"]["path"] = session.model_json["source"]
     config["calibration"]["text"] = session.documents_name
     if config["search"]["options"].get("storage") is not None:
