@@ -184,7 +184,8 @@ def report(
 ) -> None:
     """Write report.html of a run, finished or not, or of a comparison."""
     from depthsearch.report import compare_report, write_report
-    from depthsearch.run.compare import COMPARE, read_compare
+    from depthsearch.run.compare import read_compare
+    from depthsearch.run.directory import COMPARE
 
     if (run / COMPARE).exists():
         compare_report(read_compare(run), run / "report.html")
@@ -192,6 +193,32 @@ def report(
     else:
         path = write_report(run)
     typer.echo(path)
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="Run directory, or directory of a comparison.")],
+    once: Annotated[bool, typer.Option("--once", help="Show one state and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Show where a search or comparison stands, from any machine that sees its directory.
+
+    Reads only; the search goes on when this ends. --json prints one state and ends.
+    """
+    from depthsearch.live import follow, show
+    from depthsearch.run.watching import Watcher
+
+    watcher = Watcher(run)
+    if as_json:
+        typer.echo(json.dumps(watcher.look().to_json(), indent=2, ensure_ascii=False))
+    elif once:
+        show(watcher.look())
+    else:
+        try:
+            follow(watcher, interval)
+        except KeyboardInterrupt:
+            _fail("no longer watching; the search itself is not touched", _INTERRUPTED)
 
 
 @app.callback(invoke_without_command=True)
@@ -212,7 +239,9 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, SystemExit) as error:
         # Inside a command typer turns Ctrl-C into an exit without a word.
-        if isinstance(error, SystemExit) and error.code != _INTERRUPTED:
+        if isinstance(error, _Ended) or (
+            isinstance(error, SystemExit) and error.code != _INTERRUPTED
+        ):
             raise
         _fail(
             "interrupted; a search continues with `depthsearch resume RUN`, a comparison with the "
@@ -225,10 +254,14 @@ def main() -> None:
         _fail(f"the disk is full: {error}", StorageError.exit_code)
 
 
+class _Ended(SystemExit):
+    """The end of the process, its one line already written."""
+
+
 def _fail(message: str, code: int) -> None:
     sys.stderr.write(f"depthsearch: {message}\n")
     sys.stderr.flush()
-    sys.exit(code)
+    raise _Ended(code)
 
 
 def _show(data: Any, as_json: bool, lines: Any) -> None:

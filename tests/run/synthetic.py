@@ -13,7 +13,7 @@ from tests.searchers.landscapes import Landscape, toy
 
 from depthsearch.evaluation import UnitResult, executed_sites
 from depthsearch.journal import Journal
-from depthsearch.run.ledger import Ledger
+from depthsearch.run.ledger import Ledger, OnRecord
 from depthsearch.run.loop import OnProgress, Outcome, Plan, SearchLoop
 from depthsearch.space import Hints, Mask, SearchSpace, Status
 
@@ -94,12 +94,17 @@ class Search:
     select: Synthetic = field(init=False)
     finals: Synthetic = field(init=False)
 
-    def run(self) -> Outcome:
+    def run(self, on_record: OnRecord | None = None) -> Outcome:
         landscape = Landscape(len(self.space.sites), seed=3)
         self.select = Synthetic(landscape, seed=1, failing=self.failing)
         self.finals = Synthetic(landscape, seed=2, failing=self.failing)
         with Journal(self.path) as journal:
             loop = SearchLoop(
-                Ledger(journal), self.space, self.plan, self.select, self.finals, self.on_progress
+                Ledger(journal, on_record),
+                self.space,
+                self.plan,
+                self.select,
+                self.finals,
+                self.on_progress,
             )
             return loop.run(self.start)

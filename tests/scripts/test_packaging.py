@@ -35,8 +35,9 @@ def test_the_version_is_written_twice_and_equal() -> None:
 
 
 def test_scripts_can_be_run_as_they_are() -> None:
-    files = (ROOT / "scripts").iterdir()
-    scripts = [*(file for file in files if not file.suffix), ROOT / ".ci" / "run"]
+    files = [file for file in (ROOT / "scripts").iterdir() if file.is_file()]
+    cluster = [*(ROOT / "scripts/cluster").glob("*.s*")]
+    scripts = [*(file for file in files if not file.suffix), *cluster, ROOT / ".ci" / "run"]
     assert scripts
     for script in scripts:
         assert os.access(script, os.X_OK), script

@@ -12,6 +12,7 @@ from depthsearch.config.schema import (
     RunConfig,
     SearchConfig,
     SpaceConfig,
+    TrackingConfig,
 )
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RunConfig",
     "SearchConfig",
     "SpaceConfig",
+    "TrackingConfig",
     "config_from_mapping",
     "load_config",
     "resolved_yaml",

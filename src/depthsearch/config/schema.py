@@ -308,6 +308,18 @@ class ClusterConfig(_Section):
     """how often in a row, with nothing computed in between, a worker may be replaced"""
 
 
+class TrackingConfig(_Section):
+    """An experiment tracker that shows the course of the search; results don't depend on it."""
+
+    kind: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+    """which one; its library is installed with pip"""
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "depthsearch"
+    """letters, digits, _ . and -: what related runs are collected under there"""
+    where: Annotated[str, Field(min_length=1)] | None = None
+    """a folder, relative ones below the run directory (tracking/ by default); for mlflow also a
+    server such as http://host:5000; credentials belong in the tracker's environment variables"""
+
+
 class RunConfig(_Section):
     """One run: model, space, calibration, objective, search, and a comparison if wanted."""
 
@@ -325,6 +337,8 @@ class RunConfig(_Section):
     """the searcher and its budget"""
     compare: CompareConfig | None = None
     """for `depthsearch compare`"""
+    tracking: TrackingConfig = TrackingConfig()
+    """an experiment tracker, such as {kind: tensorboard}"""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON, defaults included."""

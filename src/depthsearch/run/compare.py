@@ -18,7 +18,9 @@ from depthsearch.config import CompareConfig, RunConfig, SearchConfig, load_conf
 from depthsearch.errors import ConfigError, NothingFoundError, RunDirectoryError
 from depthsearch.journal import read_journal
 from depthsearch.run.directory import (
+    ARMS,
     BEST,
+    COMPARE,
     CONFIG,
     JOURNAL,
     create_directory,
@@ -31,9 +33,6 @@ from depthsearch.run.session import Session, check_search, opened
 from depthsearch.run.statistics import bootstrap_interval, paired_difference
 from depthsearch.run.verdict import verdict
 from depthsearch.space import Mask
-
-COMPARE = "compare.json"
-ARMS = "arms"
 
 OnHeldout = Callable[[int, int], None]
 OnArm = Callable[[str, int, int, int], OnProgress | None]

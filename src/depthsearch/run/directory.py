@@ -18,6 +18,8 @@ BEST = "best.json"
 REPORT = "report.html"
 WORKERS = "workers.json"
 """Where the workers of a cluster stand; for watchers, and no part of the result."""
+COMPARE = "compare.json"
+ARMS = "arms"
 
 
 def create_directory(path: Path, files: Mapping[str, str]) -> None:

@@ -14,12 +14,16 @@ from typing import Any
 from depthsearch.errors import JournalError
 from depthsearch.journal import Journal, Record
 
+OnRecord = Callable[[Mapping[str, Any], bool], None]
+"""Called with each record, its time stamp included, and whether it is new or a repeated one."""
+
 
 class Ledger:
     """The journal of one search, replayed as far as it goes and then written on."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, on_record: OnRecord | None = None) -> None:
         self._journal = journal
+        self._on_record = on_record or (lambda *_: None)
         self._old = list(journal.records)
         self._place = 0
 
@@ -31,21 +35,23 @@ class Ledger:
     def commit(self, record: Mapping[str, Any]) -> None:
         """Append `record`, or check it against the one already there; raises JournalError."""
         if not self.replaying:
-            self._journal.append(record)
+            self._on_record(self._journal.append(record), True)
             return
         old = self._take()
         if old != json.loads(json.dumps(record)):
             raise self._diverged(old, record)
+        self._on_record(self._old[self._place - 1], False)
 
     def recall(self, op: str, compute: Callable[[], Mapping[str, Any]]) -> Record:
         """The record of kind `op`: read if it is there, else computed and appended."""
         if not self.replaying:
             record = compute()
-            self._journal.append(record)
+            self._on_record(self._journal.append(record), True)
             return dict(record)
         old = self._take()
         if old.get("op") != op:
             raise self._diverged(old, {"op": op})
+        self._on_record(self._old[self._place - 1], False)
         return old
 
     def _take(self) -> Record:

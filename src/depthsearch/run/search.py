@@ -23,6 +23,7 @@ from depthsearch.run.directory import (
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.loop import OnProgress, Outcome, SearchLoop, check_cost
 from depthsearch.run.session import Session, best_json, opened
+from depthsearch.run.tracking import Tracker, open_tracker, tracked
 from depthsearch.searchers import check_storage
 
 Finish = Callable[[Path], object]
@@ -35,19 +36,22 @@ def search(
     session: Session | None = None,
     on_progress: OnProgress | None = None,
     finish: Finish | None = None,
+    tracker: Tracker | None = None,
 ) -> Outcome:
     """Search as configured in the new run directory `out`.
 
     `finish(out)` runs after the journal is complete and before best.json, which is written last, so
-    its existence means that the run is whole. Raises InputError before anything is created where
+    its existence means that the run is whole. `tracker` gets the figures of each step instead of
+    the configured one. Raises InputError before anything is created where
     something asked for is wrong, RunDirectoryError where `out` exists.
     """
     if out.exists():
         create_directory(out, {})
+    tracker = tracker or open_tracker(config.tracking, out)
     with opened(config, session) as session:
         _check(session)
         create_directory(out, {CONFIG: resolved_yaml(config), JOURNAL: ""})
-        return _continue(session, out, on_progress, finish)
+        return _continue(session, out, on_progress, finish, tracker)
 
 
 def _check(session: Session) -> None:
@@ -65,14 +69,17 @@ def resume(
     session: Session | None = None,
     on_progress: OnProgress | None = None,
     finish: Finish | None = None,
+    tracker: Tracker | None = None,
 ) -> Outcome:
     """Continue a killed or interrupted search; a finished one is checked and left as it is.
 
     Raises RunDirectoryError where `out` is no run directory, JournalError where the repetition
     diverges from the journal.
     """
-    with opened(run_config(out), session) as session:
-        return _continue(session, out, on_progress, finish)
+    config = run_config(out)
+    tracker = tracker or open_tracker(config.tracking, out)
+    with opened(config, session) as session:
+        return _continue(session, out, on_progress, finish, tracker)
 
 
 def run_config(out: Path) -> RunConfig:
@@ -87,16 +94,20 @@ def run_config(out: Path) -> RunConfig:
 
 
 def _continue(
-    session: Session, out: Path, on_progress: OnProgress | None, finish: Finish | None
+    session: Session,
+    out: Path,
+    on_progress: OnProgress | None,
+    finish: Finish | None,
+    tracker: Tracker | None,
 ) -> Outcome:
     seed = session.config.search.seed
     splits = session.splits(seed)
     signature = session.signature(splits, seed)
-    with Journal(out / JOURNAL) as journal:
+    with Journal(out / JOURNAL) as journal, tracked(tracker, out) as on_record:
         select, finals = (session.backend(w, seed) for w in (splits.select, splits.finals))
         session.tell_workers_to(partial(_write_state, out / WORKERS))
         loop = SearchLoop(
-            Ledger(journal),
+            Ledger(journal, on_record),
             session.space,
             session.plan(),
             select,
@@ -128,10 +139,12 @@ def _start(session: Session, signature: dict[str, Any]) -> dict[str, Any]:
 def shareable_config(session: Session) -> dict[str, Any]:
     """The configuration without the folders of this machine and without what may be secret.
 
-    Paths and workers differ between machines without making another search; the fingerprints tell.
+    Paths, workers and trackers differ between machines and may change before a resume without
+    making another search; the fingerprints tell.
     """
     config = session.config.to_json()
-    del config["cluster"], config["model"]["streamed"], config["model"]["host_gb"]
+    del config["cluster"], config["tracking"]
+    del config["model"]["streamed"], config["model"]["host_gb"]
     config["model"]["path"] = session.model_json["source"]
     config["calibration"]["text"] = session.documents_name
     if config["search"]["options"].get("storage") is not None:
