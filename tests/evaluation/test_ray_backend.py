@@ -32,13 +32,7 @@ from depthsearch.run.session import Session
 from depthsearch.searchers import SEARCHERS
 from depthsearch.space import Mask, Status
 
-pytestmark = [
-    pytest.mark.timeout(900),
-    # Ray leaves sockets and files to the end of the process.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore:Tip.*:FutureWarning"),
-]
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +44,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster_of_one(workplace: Path) -> Iterator[Session]:
-    """A session with a local Ray cluster that has room for 12 workers and starts with one."""
-    ray.init(
-        num_cpus=12, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
-    )
+    """A session with a local Ray cluster that has room for 10 workers, which starts with one."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     session = Session.open(on_ray(workplace, workers=1, weights="store"))
     yield session
     session.close()
@@ -63,7 +55,9 @@ def cluster_of_one(workplace: Path) -> Iterator[Session]:
 def on_ray(workplace: Path, method: str = "evolution", **cluster: object) -> RunConfig:
     settings = {"method": method, "max_evaluations": 20, "finalists": 2}
     return workplace_config(
-        workplace, search=settings, cluster={"backend": "ray", "threads": 1, **cluster}
+        workplace,
+        search=settings,
+        cluster={"backend": "ray", "num_cpus": 0.2, "threads": 1, **cluster},
     )
 
 
@@ -179,7 +173,7 @@ def test_masks_that_kill_or_fail_are_given_up_and_the_others_computed(
         mode=session.check.mode,
         batch_tokens=64,
     )
-    settings = RaySettings(workers=2, limits=Limits(restarts=8))
+    settings = RaySettings(workers=2, num_cpus=0.2, limits=Limits(restarts=8))
     with Cluster(settings, source, worker=Fragile) as cluster:
         found = RayBackend(cluster, planner, text).run(0, masks)
         assert set(cluster.dispatcher.quarantined) == {masks[0], masks[-1]}
@@ -194,7 +188,7 @@ def test_workers_that_cannot_load_the_model_end_the_run_with_one_line(
     cluster_of_one: Session, tmp_path: Path
 ) -> None:
     source = ModelSource(str(tmp_path / "nowhere"), "float32", "cpu", None, False, 1)
-    settings = RaySettings(workers=1, limits=Limits(restarts=1))
+    settings = RaySettings(workers=1, num_cpus=0.2, limits=Limits(restarts=1))
     text = Text("t", cluster_of_one.splits(0).select.numpy(), "kl", "site", 64, 0.25, 0)
     with Cluster(settings, source) as cluster:
         cluster.crew.add_text(text)

@@ -8,8 +8,8 @@ not depend on the unit it came in, so lost work is simply issued again, in other
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ QUEUED = 2
 """Units a worker holds at most: the one it computes and the next."""
 
 _ALONE_TRIES = 2
+_GRAIN = 2
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Dispatcher:
         self._ahead: deque[Unit] = deque()
         self._found: dict[tuple[str, int, Mask], Answer] = {}
         self._tried: dict[int, set[str]] = {}
-        self._alone: Counter[Mask] = Counter()
+        self._alone: dict[Mask, list[str]] = {}
         self._sure = True
         self._quarantined: dict[Mask, tuple[Status, str]] = {}
         self._interest: set[tuple[str, int, Mask]] = set()
@@ -209,7 +210,7 @@ class Dispatcher:
 
         `ahead` are the batches that come next. Where they are `sure` to be wanted for all these
         masks, work is spread over batches first, which shares most; where a race may end some of
-        them, the masks of this batch are split finer and later batches only fill idle workers.
+        them, the masks of this batch are split and later batches only fill idle workers.
         Raises ClusterError when no worker is left.
         """
         later = tuple(ahead)
@@ -222,11 +223,12 @@ class Dispatcher:
         for mask in masks:
             if mask in self._quarantined:
                 self._found[text, batch, mask] = Answer((), self._quarantined[mask][0])
-        pieces = self._pieces(len(masks), 1 + len(later) if sure else min(2, 1 + len(later)))
         out = self._outstanding()
-        self._queue.extend(self._cut(text, batch, masks, pieces, out))
-        for b in later:
-            self._ahead.extend(self._cut(text, b, masks, pieces, out))
+        for b in (batch, *later):
+            missing = self._missing(text, b, masks, out)
+            if missing:
+                queue = self._queue if b == batch else self._ahead
+                queue.append(self._unit(text, b, missing))
         self._waiting_since = self._clock()
         while any(key not in self._found for key in wanted):
             self._assign()
@@ -238,34 +240,18 @@ class Dispatcher:
             self._on_change(self)
         return [self._found.pop(key) for key in wanted]
 
-    def _pieces(self, masks: int, batches: int) -> int:
-        """Into how many runs of sorted masks a batch is cut, so that all workers have work."""
-        workers = max(1, len(self._places))
-        return max(1, min(masks, -(-workers // batches)))
-
-    def _cut(
-        self,
-        text: str,
-        batch: int,
-        masks: Sequence[Mask],
-        pieces: int,
-        out: set[tuple[str, int, Mask]],
-    ) -> Iterable[Unit]:
-        """Units for what is neither known nor being computed: contiguous runs of sorted masks."""
-        missing = sorted(
-            {
-                mask
-                for mask in masks
-                if mask not in self._quarantined
-                and (text, batch, mask) not in self._found
-                and (text, batch, mask) not in out
-            },
-            key=lambda mask: mask.key,
-        )
-        pieces = min(pieces, len(missing))
-        ends = [len(missing) * (n + 1) // pieces for n in range(pieces)]
-        for start, end in zip([0, *ends], ends, strict=False):
-            yield self._unit(text, batch, tuple(missing[start:end]))
+    def _missing(
+        self, text: str, batch: int, masks: Sequence[Mask], out: set[tuple[str, int, Mask]]
+    ) -> tuple[Mask, ...]:
+        """What is neither known nor being computed, sorted so that neighbours share most."""
+        missing = {
+            mask
+            for mask in masks
+            if mask not in self._quarantined
+            and (text, batch, mask) not in self._found
+            and (text, batch, mask) not in out
+        }
+        return tuple(sorted(missing, key=lambda mask: mask.key))
 
     def _unit(self, text: str, batch: int, masks: tuple[Mask, ...]) -> Unit:
         self._numbers += 1
@@ -284,20 +270,39 @@ class Dispatcher:
         """Give the idle a unit, then everybody a second one, which is never a guess."""
         for depth in range(QUEUED):
             for worker in self._workers.values():
-                if not self._queue and (not self._ahead or (depth > 0 and not self._sure)):
-                    return
                 if worker.ready and len(worker.held) == depth:
-                    self._submit(worker, self._next_for(worker))
+                    unit = self._take(worker, self._queue)
+                    if unit is None and (depth == 0 or self._sure):
+                        unit = self._take(worker, self._ahead)
+                    if unit is not None:
+                        self._submit(worker, unit)
 
-    def _next_for(self, worker: _Worker) -> Unit:
-        queue = self._queue or self._ahead
+    def _take(self, worker: _Worker, queue: deque[Unit]) -> Unit | None:
+        """The next unit for a worker, cut off what is queued; None where others should try."""
         for place, unit in enumerate(queue):
-            if worker.name not in self._tried.get(unit.number, ()):
+            tried = self._tried.get(unit.number, set())
+            if worker.name in tried and not tried.issuperset(self._workers):
+                continue
+            size = self._grain()
+            if len(unit.masks) <= size or tried:
                 del queue[place]
                 return unit
-            if place >= len(self._workers):
-                break
-        return queue.popleft()
+            queue[place] = self._unit(unit.text, unit.batch, unit.masks[size:])
+            return replace(unit, masks=unit.masks[:size])
+        return None
+
+    def _grain(self) -> int:
+        """How many masks the next unit may have, so that workers end together.
+
+        Guided self-scheduling (Polychronopoulos and Kuck, 1987): a fixed share of what is left, so
+        that units are whole batches, which share most, while there is much to do, and small at the
+        end. What a race may still end does not count as work that is left.
+        """
+        workers = len(self._workers)
+        if workers <= 1:
+            return sum(len(unit.masks) for unit in (*self._queue, *self._ahead))
+        left = self._queue if self._queue and not self._sure else (*self._queue, *self._ahead)
+        return max(1, -(-sum(len(unit.masks) for unit in left) // (_GRAIN * workers)))
 
     def _submit(self, worker: _Worker, unit: Unit) -> None:
         if not worker.held:
@@ -306,14 +311,14 @@ class Dispatcher:
         self._crew.submit(worker.name, unit)
 
     def _patience(self) -> float:
-        """Seconds until the next unit is overdue, at most one."""
+        """Seconds until the next unit is overdue, between a thousandth and one."""
         now = self._clock()
         left = [
             worker.since + self._limits.unit_timeout_s - now
             for worker in self._workers.values()
             if worker.held
         ]
-        return max(0.0, min([1.0, *left]))
+        return max(0.001, min([1.0, *left]))
 
     def _handle(self, event: Event) -> None:
         worker = self._workers.get(event.worker)
@@ -367,17 +372,24 @@ class Dispatcher:
         self._crew.start(name)
 
     def _suspect(self, unit: Unit, worker: str, reason: str, status: Status) -> None:
-        """Try a unit again whole, then in halves; a mask that fails twice alone is given up."""
+        """Try a unit again whole, then in halves; a mask alone that two workers fail is given up.
+
+        One worker fails it twice where there is no other.
+        """
         tried = self._tried.pop(unit.number, set())
         if len(unit.masks) == 1:
             mask = unit.masks[0]
-            self._alone[mask] += 1
-            if self._alone[mask] >= _ALONE_TRIES:
+            alone = self._alone.setdefault(mask, [])
+            alone.append(worker)
+            two = len(set(alone)) > 1 or set(alone).issuperset(self._workers)
+            if len(alone) >= _ALONE_TRIES and two:
                 self._quarantine(mask, status, reason)
                 return
         half = len(unit.masks) // 2 if tried else 0
         for masks in (unit.masks[:half], unit.masks[half:]):
-            self._reissue(unit, masks, tried | {worker})
+            # Who had a mask in company may still have it alone.
+            found = set(self._alone.get(masks[0], ())) if len(masks) == 1 else tried | {worker}
+            self._reissue(unit, masks, found)
 
     def _quarantine(self, mask: Mask, status: Status, reason: str) -> None:
         """Answer for a mask nobody could evaluate, and take it out of what is queued."""
