@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -46,7 +48,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster_of_one(workplace: Path) -> Iterator[Session]:
     """A session with a local Ray cluster that has room for 10 workers, which starts with one."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    session = Session.open(on_ray(workplace, workers=1, weights="store"))
+    session = Session.open(on_ray(workplace, weights="store"))
     yield session
     session.close()
     ray.shutdown()
@@ -57,7 +59,7 @@ def on_ray(workplace: Path, method: str = "evolution", **cluster: object) -> Run
     return workplace_config(
         workplace,
         search=settings,
-        cluster={"backend": "ray", "num_cpus": 0.2, "threads": 1, **cluster},
+        cluster={"backend": "ray", "workers": 1, "num_cpus": 0.2, "threads": 1, **cluster},
     )
 
 
@@ -141,6 +143,25 @@ def test_workers_killed_while_they_compute_change_nothing(
         murderer.join()
     assert killed
     assert result_of(tmp_path / "run") == result_of(undisturbed["evolution"])
+
+
+def test_a_cluster_of_its_own_listens_on_this_machine_only() -> None:
+    script = """
+import psutil
+from depthsearch.evaluation.ray_environment import stay_local
+stay_local()
+from depthsearch.evaluation.ray_backend import RayCrew, RaySettings
+from depthsearch.evaluation.worker import ModelSource
+crew = RayCrew(RaySettings(workers=1), ModelSource("m", "float32", "cpu", None, False, 1))
+own = [psutil.Process(), *psutil.Process().children(recursive=True)]
+ports = [c.laddr for p in own for c in p.net_connections("tcp") if c.status == "LISTEN"]
+print(sorted({address.ip for address in ports}))
+crew.close()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.strip() == "['127.0.0.1', '::ffff:127.0.0.1']"
 
 
 class Fragile(Worker):

@@ -38,6 +38,7 @@ from depthsearch.space import Hints, Mask, Status
 _STATE_EVERY_S = 2.0
 _CAPACITY_EVERY_S = 5.0
 _CONNECT_TRIES = 3
+_ROUNDING = 1e-6
 
 OnState = Callable[[dict[str, Any]], None]
 
@@ -103,7 +104,7 @@ class RayCrew:
         if time.monotonic() - asked > _CAPACITY_EVERY_S or room == 0:
             there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             need = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
-            room = int(min(there.get(kind, 0) // n for kind, n in need.items() if n > 0))
+            room = int(min(there.get(kind, 0) / n + _ROUNDING for kind, n in need.items() if n > 0))
             self._room = (time.monotonic(), room)
         return room
 
@@ -314,5 +315,8 @@ def _put(value: object) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    said = one_line(error, 300)
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """The error in one line; of a traceback that came from a worker, its last."""
+    lines = [line for line in str(error).splitlines() if line.strip(" ^~")]
+    if len(lines) > 1 and "ray::" in lines[0]:
+        return one_line(RuntimeError(lines[-1]))
+    return f"{type(error).__name__}: {one_line(error)}"
