@@ -153,12 +153,18 @@ class Dispatcher:
         self._workers: dict[str, _Worker] = {}
         self._queue: deque[Unit] = deque()
         self._ahead: deque[Unit] = deque()
-        self._found: dict[tuple[str, int, Mask], Answer] = {}
+        self._hungry: dict[str, None] = {}
+        self._found: dict[tuple[int, str], Answer] = {}
+        self._text = ""
+        self._masks: dict[str, Mask] = {}
+        self._open: set[int] = set()
+        self._batch = 0
+        self._waited: set[str] = set()
         self._tried: dict[int, set[str]] = {}
         self._alone: dict[Mask, list[str]] = {}
         self._sure = True
         self._quarantined: dict[Mask, tuple[Status, str]] = {}
-        self._interest: set[tuple[str, int, Mask]] = set()
+        self._next_look = clock()
         self._numbers = 0
         self._done = 0
         self._reissued = 0
@@ -213,69 +219,97 @@ class Dispatcher:
         them, the masks of this batch are split and later batches only fill idle workers.
         Raises ClusterError when no worker is left.
         """
-        later = tuple(ahead)
-        wanted = [(text, batch, mask) for mask in masks]
-        self._sure = sure
-        self._interest = {(text, b, mask) for b in (batch, *later) for mask in masks}
-        self._queue.clear()
-        self._ahead.clear()
-        self._found = {key: a for key, a in self._found.items() if key in self._interest}
-        for mask in masks:
-            if mask in self._quarantined:
-                self._found[text, batch, mask] = Answer((), self._quarantined[mask][0])
-        out = self._outstanding()
-        for b in (batch, *later):
-            missing = self._missing(text, b, masks, out)
-            if missing:
-                queue = self._queue if b == batch else self._ahead
-                queue.append(self._unit(text, b, missing))
-        self._waiting_since = self._clock()
-        while any(key not in self._found for key in wanted):
+        self._want(text, batch, masks, ahead, sure)
+        self._waiting_since = self._next_look = self._clock()
+        while self._waited:
             self._assign()
-            self._check_alive()
-            for event in self._crew.wait(self._patience()):
+            for event in self._crew.wait(self._patience):
                 self._handle(event)
-            self._end_overdue()
-            self.start()
+            if self._clock() >= self._next_look:
+                self._look_around()
             self._on_change(self)
-        return [self._found.pop(key) for key in wanted]
+        self._open.discard(batch)
+        found = {key: self._found.pop((batch, key)) for key in self._masks}
+        return [found[mask.key] for mask in masks]
+
+    def _want(
+        self, text: str, batch: int, masks: Sequence[Mask], ahead: Sequence[int], sure: bool
+    ) -> None:
+        """Queue what is asked for; what was begun for the same masks before goes on."""
+        wanted = {mask.key: mask for mask in masks}
+        same = text == self._text and sure == self._sure and wanted.keys() == self._masks.keys()
+        self._sure, self._batch = sure, batch
+        if not (same and batch in self._open and self._open.issuperset(ahead)):
+            out = self._outstanding() if text == self._text else set()
+            kept = self._found if text == self._text else {}
+            self._text, self._masks, self._open = text, wanted, {batch, *ahead}
+            self._found = {
+                (b, key): answer
+                for (b, key), answer in kept.items()
+                if b in self._open and key in wanted
+            }
+            self._queue.clear()
+            self._ahead.clear()
+            order = [mask for _, mask in sorted(wanted.items())]
+            for b in (batch, *ahead):
+                missing = self._missing(b, order, out)
+                if missing:
+                    self._ahead.append(self._unit(text, b, missing))
+        now: list[Unit] = []
+        later: list[Unit] = []
+        for unit in self._ahead:
+            (now if unit.batch == batch else later).append(unit)
+        self._ahead = deque(later)
+        self._queue.extend(now)
+        self._waited = {key for key in wanted if (batch, key) not in self._found}
 
     def _missing(
-        self, text: str, batch: int, masks: Sequence[Mask], out: set[tuple[str, int, Mask]]
+        self, batch: int, order: Sequence[Mask], out: set[tuple[int, str]]
     ) -> tuple[Mask, ...]:
-        """What is neither known nor being computed, sorted so that neighbours share most."""
-        missing = {
-            mask
-            for mask in masks
-            if mask not in self._quarantined
-            and (text, batch, mask) not in self._found
-            and (text, batch, mask) not in out
-        }
-        return tuple(sorted(missing, key=lambda mask: mask.key))
+        """What is neither known nor being computed; for what is given up, the answer is ready."""
+        missing = []
+        for mask in order:
+            if mask in self._quarantined:
+                self._found[batch, mask.key] = Answer((), self._quarantined[mask][0])
+            elif (batch, mask.key) not in self._found and (batch, mask.key) not in out:
+                missing.append(mask)
+        return tuple(missing)
 
     def _unit(self, text: str, batch: int, masks: tuple[Mask, ...]) -> Unit:
         self._numbers += 1
         return Unit(self._numbers, text, batch, masks)
 
-    def _outstanding(self) -> set[tuple[str, int, Mask]]:
-        """What workers hold now."""
+    def _outstanding(self) -> set[tuple[int, str]]:
+        """What workers hold now of the current text."""
         return {
-            (unit.text, unit.batch, mask)
+            (unit.batch, mask.key)
             for worker in self._workers.values()
             for unit in worker.held
+            if unit.text == self._text
             for mask in unit.masks
         }
+
+    def _settle(self, unit: Unit, mask: Mask, answer: Answer) -> None:
+        """Keep an answer if somebody waits, or will wait, for it."""
+        if unit.text == self._text and unit.batch in self._open and mask.key in self._masks:
+            self._found[unit.batch, mask.key] = answer
+            if unit.batch == self._batch:
+                self._waited.discard(mask.key)
 
     def _assign(self) -> None:
         """Give the idle a unit, then everybody a second one, which is never a guess."""
         for depth in range(QUEUED):
-            for worker in self._workers.values():
-                if worker.ready and len(worker.held) == depth:
-                    unit = self._take(worker, self._queue)
-                    if unit is None and (depth == 0 or self._sure):
-                        unit = self._take(worker, self._ahead)
-                    if unit is not None:
-                        self._submit(worker, unit)
+            for name in list(self._hungry):
+                if not self._queue and not self._ahead:
+                    return
+                worker = self._workers[name]
+                if len(worker.held) != depth:
+                    continue
+                unit = self._take(worker, self._queue)
+                if unit is None and (depth == 0 or self._sure):
+                    unit = self._take(worker, self._ahead)
+                if unit is not None:
+                    self._submit(worker, unit)
 
     def _take(self, worker: _Worker, queue: deque[Unit]) -> Unit | None:
         """The next unit for a worker, cut off what is queued; None where others should try."""
@@ -308,17 +342,20 @@ class Dispatcher:
         if not worker.held:
             worker.since = self._clock()
         worker.held.append(unit)
+        if len(worker.held) == QUEUED:
+            del self._hungry[worker.name]
         self._crew.submit(worker.name, unit)
 
+    @property
     def _patience(self) -> float:
-        """Seconds until the next unit is overdue, between a thousandth and one."""
-        now = self._clock()
-        left = [
-            worker.since + self._limits.unit_timeout_s - now
-            for worker in self._workers.values()
-            if worker.held
-        ]
-        return max(0.001, min([1.0, *left]))
+        """Seconds between two looks at who is overdue and who may join."""
+        return min(1.0, self._limits.unit_timeout_s / 10)
+
+    def _look_around(self) -> None:
+        self._next_look = self._clock() + self._patience
+        self._end_overdue()
+        self.start()
+        self._check_alive()
 
     def _handle(self, event: Event) -> None:
         worker = self._workers.get(event.worker)
@@ -326,6 +363,7 @@ class Dispatcher:
             return
         if isinstance(event, Joined):
             worker.ready = True
+            self._hungry[worker.name] = None
         elif isinstance(event, Lost):
             self._lose(worker, event.reason, Status.FAILED)
         else:
@@ -336,6 +374,7 @@ class Dispatcher:
         if unit is None:
             return
         worker.held.remove(unit)
+        self._hungry[worker.name] = None
         worker.since = self._clock()
         if isinstance(event, Failed):
             self._suspect(unit, worker.name, event.reason, Status.FAILED)
@@ -346,13 +385,12 @@ class Dispatcher:
         self._done += 1
         self._tried.pop(unit.number, None)
         for mask, answer in zip(unit.masks, event.answers, strict=True):
-            key = (unit.text, unit.batch, mask)
-            if key in self._interest:
-                self._found[key] = answer
+            self._settle(unit, mask, answer)
 
     def _lose(self, worker: _Worker, reason: str, status: Status) -> None:
         """Bury a worker: the unit it computed is suspect, the one queued behind is not."""
         del self._workers[worker.name]
+        self._hungry.pop(worker.name, None)
         self._last_reason = reason
         place = self._places[worker.place]
         place.fruitless += 1
@@ -394,9 +432,10 @@ class Dispatcher:
     def _quarantine(self, mask: Mask, status: Status, reason: str) -> None:
         """Answer for a mask nobody could evaluate, and take it out of what is queued."""
         self._quarantined[mask] = (status, reason)
-        for key in self._interest:
-            if key[2] == mask:
-                self._found.setdefault(key, Answer((), status))
+        if mask.key in self._masks:
+            for batch in self._open:
+                self._found.setdefault((batch, mask.key), Answer((), status))
+            self._waited.discard(mask.key)
         for queue in (self._queue, self._ahead):
             left = [(unit, tuple(m for m in unit.masks if m != mask)) for unit in queue]
             queue.clear()
@@ -410,11 +449,9 @@ class Dispatcher:
         What nobody waits for any more is not.
         """
         wanted = tuple(
-            mask
-            for mask in masks
-            if (unit.text, unit.batch, mask) in self._interest and mask not in self._quarantined
+            mask for mask in masks if mask.key in self._masks and mask not in self._quarantined
         )
-        if not wanted:
+        if not wanted or unit.text != self._text or unit.batch not in self._open:
             return
         again = self._unit(unit.text, unit.batch, wanted)
         if tried:
