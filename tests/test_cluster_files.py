@@ -67,7 +67,11 @@ def stand_in(folder: Path, name: str, body: str) -> None:
     """A command on PATH that writes its arguments, and the token mode, to the file `calls`."""
     folder.mkdir(exist_ok=True)
     path = folder / name
-    log = f'printf "%s\\t" {name} "$@" "mode=${{RAY_AUTH_MODE:-}}" >>"$CALLS"; echo >>"$CALLS"'
+    # One write a line, since stand-ins run side by side.
+    log = (
+        f'printf -v line "%s\\t" {name} "$@" "mode=${{RAY_AUTH_MODE:-}}"\n'
+        'printf "%s\\n" "$line" >>"$CALLS"'
+    )
     path.write_text(f"#!/usr/bin/env bash\n{log}\n{body}\n")
     path.chmod(0o755)
 
@@ -235,6 +239,8 @@ class TestSlurm:
     }
 
     def test_head_workers_and_search(self, slurm: Path) -> None:
+        both = 'for _ in {1..600}; do (($(grep -c "^ray.start" "$CALLS") < 2)) || break; '
+        stand_in(slurm / "bin", "depthsearch", f"{both} sleep 0.05; done; exit 7")
         code, err = run("slurm.sbatch", "run.yaml", slurm / "run", place=slurm, **self.ENV)
         assert code == 7, err  # the exit code of the search
         (head, worker) = [call for call in calls(slurm, "ray") if call[0] == "start"]

@@ -123,12 +123,17 @@ class TestCommand:
     def test_ctrl_c(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run")
         (run / BEST).unlink()
-        running = subprocess.Popen(
-            [sys.executable, "-m", "depthsearch.cli", "watch", str(run), "--interval", "0.1"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        # A shell has what it runs in the background, and its children, ignore Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            running = subprocess.Popen(
+                [sys.executable, "-m", "depthsearch.cli", "watch", str(run), "--interval", "0.1"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert running.stdout is not None
         first = running.stdout.readline()
         time.sleep(0.3)

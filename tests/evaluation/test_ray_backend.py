@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,9 @@ def cluster_of_one(workplace: Path) -> Iterator[Session]:
     yield session
     session.close()
     ray.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def on_ray(workplace: Path, method: str = "evolution", **cluster: object) -> RunConfig:
