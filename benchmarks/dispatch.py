@@ -24,7 +24,8 @@ import numpy as np
 
 from depthsearch import __version__
 from depthsearch.evaluation import executed_sites
-from depthsearch.evaluation.dispatch import Answer, Dispatcher, Limits, Unit
+from depthsearch.evaluation.crew import Answer, Limits, Unit
+from depthsearch.evaluation.dispatch import Dispatcher
 from depthsearch.evaluation.simulation import SimulatedCrew
 from depthsearch.space import Mask, Status
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 from hypothesis import settings
+from tests.tiny_runs import write_workplace
 
 torch.set_num_threads(1)
 
@@ -22,3 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest files first, so that parallel workers end together."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny llama checkpoint, a text and a run file."""
+    folder = tmp_path_factory.mktemp("workplace")
+    write_workplace(folder)
+    return folder

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.processes import start_command
 from tests.tiny_models import save_tiny, tiny_tokenizer
 from tests.tiny_runs import write_config, write_text, write_workplace
 
@@ -68,25 +69,6 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
         return Result(code, printed.out, printed.err)
 
     return run
-
-
-def process(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
-    """Starts a command in a process of its own, which Ctrl-C reaches.
-
-    Where the tests run in the background, a shell has them and their children ignore it.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "depthsearch.cli", *map(str, arguments)],
-            cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def finish(running: subprocess.Popen[str]) -> Result:
@@ -303,9 +285,9 @@ class TestBadInput:
             assert message in found.message
         assert listing(tmp_path) == before
 
-    def test_one_line_from_a_real_process(self, workplace: Path, tmp_path: Path) -> None:
+    def test_one_line_from_a_real_start_command(self, workplace: Path, tmp_path: Path) -> None:
         arguments = ("--out", tmp_path / "run", "--set", "model.path=./missing")
-        found = finish(process("search", "run.yaml", *arguments, cwd=workplace))
+        found = finish(start_command("search", "run.yaml", *arguments, cwd=workplace))
         assert found.code == 2
         assert "no such file or directory" in found.message
         assert listing(tmp_path) == []
@@ -403,8 +385,8 @@ class TestWholeWay:
 
 
 class TestJson:
-    def test_inspect_from_a_real_process(self, workplace: Path) -> None:
-        found = finish(process("inspect", "model", "--json", cwd=workplace))
+    def test_inspect_from_a_real_start_command(self, workplace: Path) -> None:
+        found = finish(start_command("inspect", "model", "--json", cwd=workplace))
         assert (found.code, found.err) == (0, "")
         document = json.loads(found.out)
         assert document["model_class"] == "LlamaForCausalLM"
@@ -499,7 +481,7 @@ def test_ctrl_c_ends_with_130_and_the_search_can_go_on(
 ) -> None:
     run = big / "interrupted"
     size = (undisturbed / "journal.jsonl").stat().st_size
-    running = process("search", "run.yaml", "--out", run, cwd=big)
+    running = start_command("search", "run.yaml", "--out", run, cwd=big)
     assert wait_for_journal(running, run, size // 3)
     running.send_signal(signal.SIGINT)
     found = finish(running)
@@ -528,7 +510,7 @@ def test_killed_at_random_moments_the_result_is_the_same(
     sizes = []
     for target in sorted(rng.uniform(0.1, 0.9) for _ in range(3)):
         command = ("resume", run) if run.exists() else ("search", "run.yaml", "--out", run)
-        running = process(*command, cwd=big)
+        running = start_command(*command, cwd=big)
         if wait_for_journal(running, run, int(target * size)):
             time.sleep(rng.uniform(0, 0.03))
         running.kill()

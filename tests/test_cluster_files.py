@@ -23,7 +23,7 @@ import yaml
 from tests.tiny_runs import SETTINGS
 
 from depthsearch.cli import app
-from depthsearch.config import RunConfig, config_from_mapping
+from depthsearch.config import config_from_mapping
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "scripts" / "cluster"
@@ -152,9 +152,6 @@ class TestRunOrResume:
             "search.seed=3",
         ]
 
-    @pytest.mark.skipif(
-        "cluster" not in RunConfig.model_fields, reason="this version has no cluster section"
-    )
     def test_its_settings_are_ones_that_the_configuration_knows(self, place: Path) -> None:
         run("run-or-resume.sh", "run.yaml", place / "run", place=place)
         (arguments,) = calls(place, "depthsearch")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.processes import start_command
 from tests.run.test_watching import WORKERS_JSON, write_run
 
 from depthsearch import live
@@ -123,17 +123,7 @@ class TestCommand:
     def test_ctrl_c(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run")
         (run / BEST).unlink()
-        # A shell has what it runs in the background, and its children, ignore Ctrl-C.
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            running = subprocess.Popen(
-                [sys.executable, "-m", "depthsearch.cli", "watch", str(run), "--interval", "0.1"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        finally:
-            signal.signal(signal.SIGINT, before)
+        running = start_command("watch", run, "--interval", "0.1")
         assert running.stdout is not None
         first = running.stdout.readline()
         time.sleep(0.3)

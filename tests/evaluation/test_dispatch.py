@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthsearch.errors import ClusterError
-from depthsearch.evaluation.dispatch import QUEUED, Answer, Dispatcher, Limits, Unit
-from depthsearch.evaluation.simulation import SimulatedCrew, efficiency
+from depthsearch.evaluation.crew import Answer, Limits, Unit
+from depthsearch.evaluation.dispatch import QUEUED, Dispatcher
+from depthsearch.evaluation.simulation import SimulatedCrew
 from depthsearch.space import Mask, Status
 
 SITES = 8
@@ -102,7 +103,7 @@ def test_workers_that_never_come_up_end_in_a_clear_error() -> None:
         def start(self, worker: str) -> None:
             super().start(worker)
             self._events.clear()
-            from depthsearch.evaluation.dispatch import Lost
+            from depthsearch.evaluation.crew import Lost
 
             self._later(1.0, Lost(worker, "no such file"))
 
@@ -186,7 +187,3 @@ def test_what_a_race_ends_is_not_computed_later() -> None:
 
     assert len(computed) == len(set(computed))
     assert sum(mask not in asked[:4] for batch, mask in computed if batch > 1) == 0
-
-
-def test_a_lone_worker_is_busy_all_the_time() -> None:
-    assert efficiency(1, [masks(32)], 4, spread=0.2) == pytest.approx(1.0)

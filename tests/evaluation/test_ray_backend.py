@@ -19,13 +19,13 @@ import pytest
 import ray
 import torch
 from tests.tiny_models import MODEL_TYPES, tiny_model
-from tests.tiny_runs import workplace_config, write_workplace
+from tests.tiny_runs import workplace_config
 
 from depthsearch.calibration.objectives import KLDivergence
 from depthsearch.config import RunConfig
 from depthsearch.errors import ClusterError
 from depthsearch.evaluation import InProcess
-from depthsearch.evaluation.dispatch import Limits
+from depthsearch.evaluation.crew import Limits
 from depthsearch.evaluation.ray_backend import Cluster, RayBackend, RayCrew, RaySettings
 from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
 from depthsearch.journal import read_journal, without_times
@@ -37,13 +37,6 @@ from depthsearch.searchers import SEARCHERS
 from depthsearch.space import Mask, Status
 
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cluster")
-    write_workplace(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +193,7 @@ def test_masks_that_kill_or_fail_are_given_up_and_the_others_computed(
         batch_tokens=64,
     )
     settings = RaySettings(workers=2, num_cpus=0.2, limits=Limits(restarts=8))
-    with Cluster(settings, source, worker=Fragile) as cluster:
+    with Cluster(RayCrew(settings, source, worker=Fragile)) as cluster:
         found = RayBackend(cluster, planner, text).run(0, masks)
         assert set(cluster.dispatcher.quarantined) == {masks[0], masks[-1]}
         assert "no such luck" in cluster.dispatcher.quarantined[masks[-1]]
@@ -216,7 +209,7 @@ def test_workers_that_cannot_load_the_model_end_the_run_with_one_line(
     source = ModelSource(str(tmp_path / "nowhere"), "float32", "cpu", None, False, 1)
     settings = RaySettings(workers=1, num_cpus=0.2, limits=Limits(restarts=1))
     text = Text("t", cluster_of_one.splits(0).select.numpy(), "kl", "site", 64, 0.25, 0)
-    with Cluster(settings, source) as cluster:
+    with Cluster(RayCrew(settings, source)) as cluster:
         cluster.crew.add_text(text)
         with pytest.raises(ClusterError, match="2 times in a row") as caught:
             cluster.dispatcher.compute("t", 0, [cluster_of_one.space.dense], sure=True)

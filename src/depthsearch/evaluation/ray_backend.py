@@ -18,17 +18,8 @@ from ray.exceptions import ObjectStoreFullError, RayError
 
 from depthsearch.errors import ClusterError
 from depthsearch.evaluation.backend import UnitResult
-from depthsearch.evaluation.dispatch import (
-    Answer,
-    Dispatcher,
-    Done,
-    Event,
-    Failed,
-    Joined,
-    Limits,
-    Lost,
-    Unit,
-)
+from depthsearch.evaluation.crew import Answer, Done, Event, Failed, Joined, Limits, Lost, Unit
+from depthsearch.evaluation.dispatch import Dispatcher
 from depthsearch.evaluation.inprocess import InProcess
 from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
 from depthsearch.model.packing import PackedModel
@@ -71,7 +62,7 @@ class RayCrew:
     ) -> None:
         self._ours = _connect(settings)
         self._workers = settings.workers
-        self._settings = settings
+        self.settings = settings
         self._source = source
         self._packed = None if packed is None else _put(packed)
         self._actor: Any = ray.remote(
@@ -97,7 +88,7 @@ class RayCrew:
     @property
     def capacity(self) -> int:
         """The configured number of workers, or what the cluster has room for."""
-        settings = self._settings
+        settings = self.settings
         if self._workers is not None:
             return self._workers
         asked, room = self._room
@@ -180,15 +171,9 @@ class Cluster:
     `on_state` hears every two seconds where things stand; no result depends on it.
     """
 
-    def __init__(
-        self,
-        settings: RaySettings,
-        source: ModelSource,
-        packed: PackedModel | None = None,
-        worker: type[Worker] = Worker,
-    ) -> None:
-        self.crew = RayCrew(settings, source, packed, worker)
-        self.dispatcher = Dispatcher(self.crew, settings.limits, on_change=self._tell)
+    def __init__(self, crew: RayCrew) -> None:
+        self.crew = crew
+        self.dispatcher = Dispatcher(crew, crew.settings.limits, on_change=self._tell)
         self.on_state: OnState | None = None
         self._told = 0.0
         self.dispatcher.start()

@@ -11,18 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from depthsearch.evaluation.dispatch import (
-    Answer,
-    Dispatcher,
-    Done,
-    Event,
-    Failed,
-    Joined,
-    Limits,
-    Lost,
-    Unit,
-)
-from depthsearch.space import Mask, Status
+from depthsearch.evaluation.crew import Answer, Done, Event, Failed, Joined, Lost, Unit
+from depthsearch.space import Mask
 
 Seconds = Callable[[Unit, np.random.Generator], float]
 Evaluate = Callable[[str, int, Mask], Answer]
@@ -118,27 +108,3 @@ class SimulatedCrew:
     def _later(self, seconds: float, event: Event) -> None:
         self._count += 1
         heapq.heappush(self._events, (self.now + seconds, self._count, event))
-
-
-def efficiency(
-    workers: int, masks: Sequence[Sequence[Mask]], batches: int, spread: float, seed: int = 0
-) -> float:
-    """The share of the time of `workers` that a search keeps them computing, simulated.
-
-    `masks` are the asks of the search, one after another; a mask takes a second a batch, and a
-    unit's time varies by the standard deviation `spread` (a share of it). What is lost by sharing
-    fewer prefixes is not in it.
-    """
-
-    def seconds(unit: Unit, rng: np.random.Generator) -> float:
-        return len(unit.masks) * max(0.05, 1 + spread * float(rng.standard_normal()))
-
-    crew = SimulatedCrew(
-        workers, lambda text, batch, mask: Answer((0.0,), Status.OK), seconds, seed=seed
-    )
-    dispatcher = Dispatcher(crew, Limits(unit_timeout_s=1e9), clock=crew.clock)
-    dispatcher.start()
-    for asked in masks:
-        for batch in range(batches):
-            dispatcher.compute("text", batch, asked, range(batch + 1, batches), sure=True)
-    return crew.busy_s / (workers * crew.now)

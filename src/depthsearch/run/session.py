@@ -138,8 +138,8 @@ class Session:
 
     def _cluster(self) -> Cluster:
         """The workers, started now where they are not yet."""
-        from depthsearch.evaluation.dispatch import Limits
-        from depthsearch.evaluation.ray_backend import Cluster, RaySettings
+        from depthsearch.evaluation.crew import Limits
+        from depthsearch.evaluation.ray_backend import Cluster, RayCrew, RaySettings
         from depthsearch.evaluation.worker import ModelSource
         from depthsearch.model.packing import pack
 
@@ -164,7 +164,7 @@ class Session:
                 torch.get_num_threads(),
             )
             packed = pack(self.loaded.model) if cluster.weights == "store" else None
-            self.workers.cluster = Cluster(settings, source, packed)
+            self.workers.cluster = Cluster(RayCrew(settings, source, packed))
         return self.workers.cluster
 
     @property
@@ -180,28 +180,19 @@ class Session:
     def _here(
         self, windows: torch.Tensor, objective: Objective, positions: float, seed: int
     ) -> InProcess | Streamed:
+        what: dict[str, Any] = {
+            "windows": windows,
+            "objective": objective,
+            "mode": self.check.mode,
+            "batch_tokens": self.config.calibration.batch_tokens,
+            "positions": positions,
+            "seed": seed,
+        }
         if self.streamed is not None:
             room = self.config.model.host_gb
-            return Streamed(
-                self.streamed,
-                windows,
-                objective,
-                mode=self.check.mode,
-                batch_tokens=self.config.calibration.batch_tokens,
-                positions=positions,
-                seed=seed,
-                host_bytes=None if room is None else int(room * 10**9),
-            )
-        return InProcess(
-            self.loaded.model,
-            self.anatomy,
-            windows,
-            objective,
-            mode=self.check.mode,
-            batch_tokens=self.config.calibration.batch_tokens,
-            positions=positions,
-            seed=seed,
-        )
+            host_bytes = None if room is None else int(room * 10**9)
+            return Streamed(self.streamed, **what, host_bytes=host_bytes)
+        return InProcess(self.loaded.model, self.anatomy, **what)
 
     def plan(self) -> Plan:
         """The search part of the configuration."""
