@@ -41,7 +41,7 @@ class TestEveryFamily:
         model = tiny_model(family, dtype=dtype)
         shared = tiny_backend(model=model)
         whole = tiny_backend(model=model, mode=Mode.WHOLE)
-        assert shared._mode is (Mode.BLOCK if family in PARALLEL_TYPES else Mode.SITE)
+        assert shared.mode is (Mode.BLOCK if family in PARALLEL_TYPES else Mode.SITE)
         for seed in range(2):
             masks = assorted_masks(SITES, seed)
             for batch in range(3):
@@ -108,7 +108,7 @@ def test_positions_are_drawn_from_the_seed_alone() -> None:
     )  # fmt: skip
     assert other.run(0, masks).losses != first[0].run(0, masks).losses
     for backend, share in ((first[0], 4), (tiny_backend(positions=1e-9), 1)):
-        for sample in backend._samples:
+        for sample in backend.samples:
             assert sample.positions.shape[1] == share
             assert all(len(set(row)) == share for row in sample.positions.tolist())
             assert sample.positions.max() <= 10

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from depthsearch.evaluation import executed_sites
-from depthsearch.evaluation.prefix import PrefixWalk, steps_of
+from depthsearch.evaluation.prefix import PrefixWalk
+from depthsearch.evaluation.turns import Turn, steps_of
 from depthsearch.space import Mask
 
 SITES = 8
@@ -43,9 +44,9 @@ def test_every_mask_reaches_its_own_leaf_once(masks: list[Mask], width: int) -> 
     """States are the sites run so far, so that a leaf shows exactly what led to it."""
     steps = steps_of(SITES, width)
 
-    def advance(step: int, kept: tuple[bool, ...], state: tuple[int, ...]) -> tuple[int, ...]:
-        assert any(kept), "a step with everything dropped must not run"
-        return (*state, *(s for s, k in zip(steps[step], kept, strict=True) if k))
+    def advance(step: int, turn: Turn, state: tuple[int, ...]) -> tuple[int, ...]:
+        assert any(turn.kept), "a step with everything dropped must not run"
+        return (*state, *(s for s, k in zip(steps[step], turn.kept, strict=True) if k))
 
     leaves: dict[int, tuple[int, ...]] = {}
 

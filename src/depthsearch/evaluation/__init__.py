@@ -6,6 +6,15 @@ from depthsearch.evaluation.backend import Backend, UnitResult
 from depthsearch.evaluation.inprocess import InProcess
 from depthsearch.evaluation.prefix import executed_sites
 from depthsearch.evaluation.racing import evaluate
+from depthsearch.evaluation.refitted import Refitted
 from depthsearch.evaluation.streamed import Streamed
 
-__all__ = ["Backend", "InProcess", "Streamed", "UnitResult", "evaluate", "executed_sites"]
+__all__ = [
+    "Backend",
+    "InProcess",
+    "Refitted",
+    "Streamed",
+    "UnitResult",
+    "evaluate",
+    "executed_sites",
+]

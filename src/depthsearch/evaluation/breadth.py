@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from depthsearch.evaluation.accounting import width
-from depthsearch.evaluation.prefix import PrefixWalk, steps_of
+from depthsearch.evaluation.prefix import PrefixWalk
 from depthsearch.evaluation.samples import Sample
+from depthsearch.evaluation.turns import Turn, steps_of
 from depthsearch.model.replay import Call, Mode, Replayer
 from depthsearch.space import Mask
 
@@ -110,7 +111,8 @@ class Prefixes:
         """One state behind the block for each of `kinds`, masks of its two sites."""
         found: list[tuple[Mask, Tensor]] = []
 
-        def advance(step: int, kept: Flags, hidden: Tensor) -> Tensor:
+        def advance(step: int, turn: Turn, hidden: Tensor) -> Tensor:
+            kept = turn.kept
             attention, ffn = (step == 0, step == 1) if len(kept) == 1 else kept
             return self._replayer.apply(call, block, hidden, attention=attention, ffn=ffn)
 

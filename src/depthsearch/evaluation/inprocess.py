@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from depthsearch.calibration.objectives import Objective, figures
-from depthsearch.evaluation.accounting import Accounting, width
+from depthsearch.evaluation.accounting import Accounting
 from depthsearch.evaluation.backend import UnitResult
-from depthsearch.evaluation.prefix import PrefixWalk, steps_of
-from depthsearch.evaluation.samples import draw_samples, is_out_of_memory, joined, unit_result
+from depthsearch.evaluation.prefix import PrefixWalk
+from depthsearch.evaluation.samples import draw_samples, halved, unit_result
 from depthsearch.evaluation.similarity import HINT_BATCHES, Similarities
+from depthsearch.evaluation.stepping import Stepper
+from depthsearch.evaluation.turns import Turn
 from depthsearch.model.anatomy import Anatomy
 from depthsearch.model.replay import Mode, Recording, Replayer
-from depthsearch.space import Hints, Mask, Status
+from depthsearch.space import Hints, Mask
 
 
 class InProcess:
@@ -39,17 +42,17 @@ class InProcess:
         seed: int = 0,
     ) -> None:
         self._device = next(model.parameters()).device
-        self._samples = draw_samples(windows, batch_tokens, positions, seed, self._device)
-        self._replayer = Replayer(model, anatomy)
-        self._anatomy = anatomy
+        self.samples = draw_samples(windows, batch_tokens, positions, seed, self._device)
+        self.replayer = Replayer(model, anatomy)
         self._objective = objective
-        self._mode = mode
+        self.mode = mode
+        self.batch_tokens = batch_tokens
         self._recordings: dict[int, Recording] = {}
-        self._accounting = Accounting.of(
+        self.accounting = Accounting.of(
             model,
             anatomy,
             window_tokens=windows.shape[1],
-            looked_at=self._samples[0].positions.shape[1],
+            looked_at=self.samples[0].positions.shape[1],
             needs_teacher=objective.needs_teacher,
             mode=mode,
         )
@@ -57,17 +60,17 @@ class InProcess:
     @property
     def sequences(self) -> tuple[int, ...]:
         """Sequences in each batch."""
-        return tuple(int(sample.ids.shape[0]) for sample in self._samples)
+        return tuple(int(sample.ids.shape[0]) for sample in self.samples)
 
     @property
     def window_tokens(self) -> int:
         """Tokens of one sequence."""
-        return self._accounting.window_tokens
+        return self.accounting.window_tokens
 
     @property
     def preparation(self) -> float:
         """The `cost_tokens` of the one dense pass that records every batch."""
-        return self._accounting.preparation(sum(self.sequences))
+        return self.accounting.preparation(sum(self.sequences))
 
     def run(
         self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
@@ -76,23 +79,20 @@ class InProcess:
 
         What lies ahead is not begun.
         """
-        try:
-            return self._run(batch, masks)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(masks) == 1:
-                return UnitResult(((),), (Status.OUT_OF_MEMORY,), 0.0)
-        half = len(masks) // 2
-        return joined(self.run(batch, masks[:half]), self.run(batch, masks[half:]))
+        return halved(partial(self._run, batch), masks)
 
     def _run(self, batch: int, masks: Sequence[Mask]) -> UnitResult:
-        students, teacher, targets, executed = self._at_positions(batch, masks)
-        found = self._objective.losses(self._replayer.logits, students, teacher, targets)
+        students, executed = self._students(batch, masks)
         return unit_result(
-            self._samples[batch].by_sequence(found),
-            self._accounting.unit(executed, len(masks), self.sequences[batch]),
+            self.losses(batch, students),
+            self.accounting.unit(executed, len(masks), self.sequences[batch]),
         )
+
+    def losses(self, batch: int, students: Sequence[Tensor]) -> Tensor:
+        """Losses `[mask, sequence]` of states `[sequence * count, hidden]` at the positions."""
+        sample, teacher = self.samples[batch], self._teacher(batch)
+        found = self._objective.losses(self.replayer.logits, students, teacher, sample.targets)
+        return sample.by_sequence(found)
 
     def figures(
         self, masks: Sequence[Mask], on_batch: Callable[[int, int], None] | None = None
@@ -102,77 +102,70 @@ class InProcess:
         For reporting: both from one pass, with no racing and no cost counted.
         """
         parts: list[tuple[Tensor, ...]] = []
-        for batch, sample in enumerate(self._samples):
-            students, teacher, targets, _ = self._at_positions(batch, masks)
-            found = figures(self._replayer.logits, students, teacher, targets)
+        for batch, sample in enumerate(self.samples):
+            students, _ = self._students(batch, masks)
+            teacher = self._teacher(batch)
+            found = figures(self.replayer.logits, students, teacher, sample.targets)
             parts.append(tuple(sample.by_sequence(part) for part in found))
             if on_batch is not None:
-                on_batch(batch + 1, len(self._samples))
+                on_batch(batch + 1, len(self.samples))
         kl, cross_entropy = (torch.cat(found, dim=1) for found in zip(*parts, strict=True))
         return kl, cross_entropy
 
     @torch.no_grad()
-    def _at_positions(
-        self, batch: int, masks: Sequence[Mask]
-    ) -> tuple[list[Tensor], Tensor, Tensor, list[int]]:
-        """What an objective needs of one batch, and how often each site was executed.
+    def _students(self, batch: int, masks: Sequence[Mask]) -> tuple[list[Tensor], list[int]]:
+        """Every mask's hidden states `[sequence * count, hidden]` at the positions looked at.
 
-        Hidden states `[sequence * count, hidden]` of every mask and of the dense model at the
-        positions looked at, and the next tokens there.
+        Also how often each site was executed.
         """
-        recording, sample = self._recording(batch), self._samples[batch]
+        sample = self.samples[batch]
         states: dict[int, Tensor] = {}
 
         def leaf(place: int, hidden: Tensor) -> None:
             states[place] = sample.at(hidden)
 
-        executed = self._hidden_states(recording, masks, leaf)
-        return (
-            [states[place] for place in range(len(masks))],
-            sample.at(recording.last),
-            sample.targets,
-            executed,
-        )
+        executed = self._hidden_states(self.recording(batch), masks, leaf)
+        return [states[place] for place in range(len(masks))], executed
+
+    def _teacher(self, batch: int) -> Tensor:
+        """The dense model's hidden states `[sequence * count, hidden]` at the positions."""
+        return self.samples[batch].at(self.recording(batch).last)
 
     def plan(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
-        return self._accounting.plan(masks, self.sequences)
+        return self.accounting.plan(masks, self.sequences)
 
     def unit_cost(self, batch: int, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of one unit with nothing split or failing, nothing computed."""
-        return self._accounting.plan(masks, self.sequences[batch : batch + 1])
+        return self.accounting.plan(masks, self.sequences[batch : batch + 1])
 
     def _hidden_states(
         self, recording: Recording, masks: Sequence[Mask], leaf: Callable[[int, Tensor], None]
     ) -> list[int]:
         """Hand the last hidden states of every mask to `leaf`; returns executions by site."""
-        if self._mode is Mode.WHOLE:
+        if self.mode is Mode.WHOLE:
             for place, mask in enumerate(masks):
-                leaf(place, self._replayer.whole(recording, mask))
-            return self._accounting.executed(masks)
-        sites = width(self._mode)
+                leaf(place, self.replayer.whole(recording, mask))
+            return self.accounting.executed(masks)
+        stepper = Stepper(self.replayer, self.mode)
 
-        def advance(step: int, kept: tuple[bool, ...], hidden: Tensor) -> Tensor:
-            if sites == 1:
-                block, place = divmod(step, 2)
-                attention, ffn = place == 0, place == 1
-            else:
-                block, (attention, ffn) = step, kept
-            return self._replayer.step(recording, block, hidden, attention=attention, ffn=ffn)
+        def advance(step: int, turn: Turn, hidden: Tensor) -> Tensor:
+            return stepper.run(recording.calls, step, turn.kept, hidden)
 
-        walk = PrefixWalk(steps_of(len(self._anatomy.sites), sites), advance)
+        walk = PrefixWalk(stepper.steps, advance)
         walk.run(masks, recording.first, leaf)
         return walk.executed
 
     @torch.no_grad()
     def hints(self) -> tuple[Hints, float]:
         """Similarities of the dense residual stream over the first batches."""
-        similarities = Similarities(len(self._anatomy.sites) + 1)
-        for batch in range(min(HINT_BATCHES, len(self._samples))):
-            similarities.add(self._replayer.states(self._recording(batch)), self._device)
-        return similarities.hints(), self._accounting.hints(similarities.tokens)
+        similarities = Similarities(len(self.replayer.anatomy.sites) + 1)
+        for batch in range(min(HINT_BATCHES, len(self.samples))):
+            similarities.add(self.replayer.states(self.recording(batch)), self._device)
+        return similarities.hints(), self.accounting.hints(similarities.tokens)
 
-    def _recording(self, batch: int) -> Recording:
+    def recording(self, batch: int) -> Recording:
+        """One batch as the blocks of the dense model see it."""
         if batch not in self._recordings:
-            self._recordings[batch] = self._replayer.record(self._samples[batch].ids)
+            self._recordings[batch] = self.replayer.record(self.samples[batch].ids)
         return self._recordings[batch]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from depthsearch.calibration.windows import batches
 from depthsearch.errors import DataError
 from depthsearch.evaluation.backend import UnitResult
-from depthsearch.space import Status
+from depthsearch.space import Mask, Status
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,19 @@ def joined(first: UnitResult, second: UnitResult) -> UnitResult:
         first.statuses + second.statuses,
         first.cost_tokens + second.cost_tokens,
     )
+
+
+def halved(compute: Callable[[Sequence[Mask]], UnitResult], masks: Sequence[Mask]) -> UnitResult:
+    """`compute(masks)`; out of memory splits the set, down to a single quarantined mask."""
+    try:
+        return compute(masks)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(masks) == 1:
+            return UnitResult(((),), (Status.OUT_OF_MEMORY,), 0.0)
+    half = len(masks) // 2
+    return joined(halved(compute, masks[:half]), halved(compute, masks[half:]))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

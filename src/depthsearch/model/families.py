@@ -15,7 +15,8 @@ class FamilyRow:
     `attention_norms` and `ffn_norms` belong to one sublayer and go with it; `shared_norms` belong
     to both sublayers of a parallel block and go only when both go. `attention_out` and `ffn_out`
     name the projections that write to the residual stream, inside the sublayer. `parallel` blocks
-    feed the same input to both sublayers, so their sublayers cannot be re-paired.
+    feed the same input to both sublayers, so their sublayers cannot be re-paired. `norm_after`:
+    what a sublayer writes passes a norm before it is added to the residual stream.
     """
 
     attention: str
@@ -25,6 +26,7 @@ class FamilyRow:
     attention_out: str = "o_proj"
     ffn_out: str = "down_proj"
     shared_norms: tuple[str, ...] = ()
+    norm_after: bool = False
 
     @property
     def parallel(self) -> bool:
@@ -38,9 +40,14 @@ _SANDWICH = FamilyRow(
     "mlp",
     ("input_layernorm", "post_attention_layernorm"),
     ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    norm_after=True,
 )
 _POST_SUBLAYER = FamilyRow(
-    "self_attn", "mlp", ("post_attention_layernorm",), ("post_feedforward_layernorm",)
+    "self_attn",
+    "mlp",
+    ("post_attention_layernorm",),
+    ("post_feedforward_layernorm",),
+    norm_after=True,
 )
 _PARALLEL = FamilyRow("self_attn", "mlp", (), (), shared_norms=("input_layernorm",))
 

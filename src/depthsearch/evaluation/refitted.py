@@ -1,0 +1,147 @@
+"""The backend that scores masks after repair, in-process.
+
+All batches are judged at once, since the fits are the same for each of them: there is one unit for
+a set of masks, and a race between batches would save little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from depthsearch.evaluation.accounting import Accounting, width
+from depthsearch.evaluation.backend import UnitResult
+from depthsearch.evaluation.fitting import FitText
+from depthsearch.evaluation.inprocess import InProcess
+from depthsearch.evaluation.refitting import Prefix, RefitWalk, Tally
+from depthsearch.evaluation.samples import halved, unit_result
+from depthsearch.evaluation.stepping import Stepper
+from depthsearch.evaluation.turns import Repair, steps_of
+from depthsearch.model.repair import RIDGES, Patch, Projection, projection_of
+from depthsearch.space import Hints, Mask
+
+
+@dataclass(frozen=True)
+class RepairCost:
+    """FLOPs of fitting the projection of each site: for the Gram matrix, and for each target."""
+
+    normal: tuple[int, ...]
+    solve: tuple[int, ...]
+
+    @classmethod
+    def of(cls, projections: Sequence[Projection], tokens: int) -> RepairCost:
+        """Two per multiplication and addition of `tokens` tokens; a Cholesky factor a ridge."""
+        shapes = [projection.weight.shape for projection in projections]
+        tries = len(RIDGES) + 1
+        return cls(
+            tuple(2 * tokens * wide * wide for _, wide in shapes),
+            tuple(
+                2 * tokens * wide * out + tries * (wide**3 // 3 + 4 * wide * wide * out)
+                for out, wide in shapes
+            ),
+        )
+
+
+class Refitted:
+    """Judges masks, repaired on the windows `fit` `[sequence, window]`, as `judge` does unrepaired.
+
+    Raises UnsupportedModelError for a model that can't be repaired.
+    """
+
+    def __init__(
+        self, judge: InProcess, fit: Tensor, repair: Repair, *, operator: str = "refit"
+    ) -> None:
+        self._judge = judge
+        self._repair: Repair = repair
+        self._stepper = Stepper(judge.replayer, judge.mode)
+        self._fit = FitText(self._stepper, fit, judge.batch_tokens, operator)
+        anatomy = judge.replayer.anatomy
+        self._cost = RepairCost.of(
+            [projection_of(judge.replayer.model, anatomy, site) for site in anatomy.sites],
+            self._fit.tokens,
+        )
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """All sequences, as one batch."""
+        return (sum(self._judge.sequences),)
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of one sequence."""
+        return self._judge.window_tokens
+
+    @property
+    def preparation(self) -> float:
+        """The `cost_tokens` of the dense passes that record both texts."""
+        accounting = self._judge.accounting
+        fit = self._fit.tokens * sum(accounting.site_flops) / accounting.dense_flops
+        return self._judge.preparation + fit
+
+    def run(
+        self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
+    ) -> UnitResult:
+        """Compute the one unit; out of memory splits the set, down to a quarantined mask."""
+        return halved(self._run, masks)
+
+    def plan(self, masks: Sequence[Mask]) -> float:
+        """The `cost_tokens` of evaluating `masks`, nothing computed."""
+        if not masks:
+            return 0.0
+        steps = steps_of(len(masks[0]), width(self._judge.mode))
+        walk = RefitWalk(steps, self._repair, None, None)
+        walk.run(masks, (), lambda *_: None)
+        return self._tokens(walk.tally, len(masks))
+
+    def unit_cost(self, batch: int, masks: Sequence[Mask]) -> float:
+        """The `cost_tokens` of one unit with nothing split or failing, nothing computed."""
+        return self.plan(masks)
+
+    def hints(self) -> tuple[Hints, float]:
+        """Similarities of the dense residual stream over the first batches."""
+        return self._judge.hints()
+
+    def repair(self, mask: Mask) -> tuple[Patch, ...]:
+        """The refitted projections of one mask, in the order of their sites."""
+        found: list[Prefix] = []
+        walk = RefitWalk(self._stepper.steps, self._repair, self._stepper, self._fit)
+        walk.run([mask], (), lambda _, prefix: found.append(prefix))
+        return found[0].patches
+
+    @torch.no_grad()
+    def _run(self, masks: Sequence[Mask]) -> UnitResult:
+        judge = self._judge
+        recordings = [judge.recording(batch) for batch in range(len(judge.sequences))]
+        students: list[dict[int, Tensor]] = [{} for _ in recordings]
+
+        def leaf(place: int, prefix: Prefix) -> None:
+            for batch, hidden in enumerate(prefix.judged):
+                students[batch][place] = judge.samples[batch].at(hidden)
+
+        walk = RefitWalk(self._stepper.steps, self._repair, self._stepper, self._fit)
+        walk.run(masks, tuple((r.calls, r.first) for r in recordings), leaf)
+        losses = [
+            judge.losses(batch, [found[place] for place in range(len(masks))])
+            for batch, found in enumerate(students)
+        ]
+        return unit_result(torch.cat(losses, dim=1), self._tokens(walk.tally, len(masks)))
+
+    def _tokens(self, tally: Tally, masks: int) -> float:
+        accounting: Accounting = self._judge.accounting
+        judged = accounting.unit(tally.judged, masks, sum(self._judge.sequences))
+        flops = sum(
+            (run + normals) * self._fit.tokens * site + normals * normal + solves * solve
+            for run, normals, solves, site, normal, solve in zip(
+                tally.fit,
+                tally.normals,
+                tally.solves,
+                accounting.site_flops,
+                self._cost.normal,
+                self._cost.solve,
+                strict=True,
+            )
+        )
+        return judged + float(flops) / accounting.dense_flops

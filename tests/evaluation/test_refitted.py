@@ -1,0 +1,140 @@
+"""Masks judged after repair: what is shared, what it costs, and that it is the repaired model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.evaluation.tiny_backends import assorted_masks, tiny_backend
+from tests.tiny_models import keeping, tiny_ids, tiny_model
+
+from depthsearch.errors import DataError, UnsupportedModelError
+from depthsearch.evaluation import Refitted
+from depthsearch.evaluation.refitting import RefitWalk
+from depthsearch.evaluation.turns import Repair
+from depthsearch.model.families import FAMILIES
+from depthsearch.model.repair import patched, projection_of
+from depthsearch.model.replay import Mode
+from depthsearch.space import Mask, Status
+
+SITES = 8
+FAMILIES_REPAIRED = [name for name, row in FAMILIES.items() if not row.norm_after]
+KINDS: list[Repair] = ["gap", "sequential"]
+FIT = tiny_ids(40, 12, seed=7)
+
+
+def refitted(family: str = "llama", repair: Repair = "gap", **settings: Any) -> tuple[Any, Any]:
+    judge = tiny_backend(model=tiny_model(family, **settings))
+    return Refitted(judge, FIT, repair), judge
+
+
+@pytest.mark.parametrize("repair", KINDS)
+@pytest.mark.parametrize("family", FAMILIES_REPAIRED)
+class TestEveryFamily:
+    def test_losses_are_those_of_the_patched_model_bit_for_bit(
+        self, family: str, repair: Repair
+    ) -> None:
+        backend, judge = refitted(family, repair)
+        masks = assorted_masks(SITES)
+        found = backend.run(0, masks)
+        assert found.statuses == (Status.OK,) * len(masks)
+        for mask, losses in zip(masks, found.losses, strict=True):
+            patches = backend.repair(mask)
+            with patched(judge.replayer.model, judge.replayer.anatomy, patches):
+                plain = [judge.run(b, [mask]).losses[0] for b in range(len(judge.sequences))]
+            assert losses == tuple(loss for batch in plain for loss in batch)
+
+    def test_losses_and_cost_are_as_planned_whatever_the_company(
+        self, family: str, repair: Repair
+    ) -> None:
+        backend, _ = refitted(family, repair)
+        masks = assorted_masks(SITES)
+        together = backend.run(0, masks)
+        assert together.cost_tokens == backend.plan(masks) == backend.unit_cost(0, masks)
+        alone = [backend.run(0, [mask]) for mask in masks]
+        assert tuple(unit.losses[0] for unit in alone) == together.losses
+        assert sum(unit.cost_tokens for unit in alone) > together.cost_tokens
+        assert backend.run(0, masks[::-1]).losses == together.losses[::-1]
+
+
+@pytest.mark.parametrize("repair", KINDS)
+def test_the_stream_comes_closer_to_the_dense_one(repair: Repair) -> None:
+    backend, judge = refitted(repair=repair)
+    replayer = judge.replayer
+    mask = keeping("11 11 00 11")
+    ids = tiny_ids(20, 12, seed=7)
+    recording = replayer.record(ids)
+    cut = replayer.whole(recording, mask)
+    patches = backend.repair(mask)
+    assert patches[0].site == 3
+    assert len(patches) <= (1 if repair == "gap" else 3)
+    assert all(patch.left < 1 for patch in patches)
+    with patched(replayer.model, replayer.anatomy, patches):
+        mended = replayer.whole(recording, mask)
+    weights = 1 / recording.last.square().mean(-1)
+    error = [
+        float((weights * (s - recording.last).square().mean(-1)).mean()) for s in (cut, mended)
+    ]
+    assert error[1] < 0.9 * error[0]
+
+
+def test_the_dense_model_and_its_prefix_need_no_repair() -> None:
+    backend, judge = refitted(repair="sequential")
+    assert backend.repair(Mask.dense(SITES)) == ()
+    patches = backend.repair(keeping("11 11 10 11"))
+    assert {patch.site for patch in patches} <= {4, 6, 7}
+    dense = backend.run(0, [Mask.dense(SITES)]).losses[0]
+    assert dense == tuple(
+        loss
+        for b in range(len(judge.sequences))
+        for loss in judge.run(b, [Mask.dense(SITES)]).losses[0]
+    )
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Refitted(tiny_backend(model=model), FIT, "sequential").run(0, assorted_masks(SITES))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_gaps_that_end_elsewhere_share_one_gram_matrix_and_nothing_follows_the_last_gap() -> None:
+    steps = tuple((site,) for site in range(SITES))
+    walk = RefitWalk(steps, "gap", None, None)
+    walk.run([keeping("11 10 11 11"), keeping("11 10 01 11")], (), lambda *_: None)
+    assert walk.tally.normals == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert walk.tally.solves == [0, 0, 2, 0, 0, 0, 0, 0]
+    assert walk.tally.fit == [0] * SITES
+    walk = RefitWalk(steps, "gap", None, None)
+    walk.run([keeping("10 11 10 11")], (), lambda *_: None)
+    assert walk.tally.fit == [1, 0, 1, 1, 0, 0, 0, 0]
+    assert walk.tally.judged == [1, 0, 1, 1, 1, 0, 1, 1]
+
+
+def test_a_repair_is_dearer_than_none_by_what_it_fits() -> None:
+    backend, judge = refitted()
+    mask = keeping("11 10 01 11")
+    assert backend.plan([mask]) > judge.plan([mask])
+    assert backend.preparation > judge.preparation
+    assert backend.plan([]) == 0
+    assert backend.sequences == (sum(judge.sequences),)
+
+
+def test_bfloat16_patches_have_the_models_dtype() -> None:
+    backend, judge = refitted(dtype=torch.bfloat16)
+    (patch,) = backend.repair(keeping("11 11 00 11"))
+    site = judge.replayer.anatomy.sites[patch.site]
+    assert patch.weight.dtype == torch.bfloat16
+    weight = projection_of(judge.replayer.model, judge.replayer.anatomy, site).weight
+    assert not torch.equal(patch.weight, weight)
+
+
+def test_what_cannot_be_repaired_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"repair.* none"):
+        refitted("gemma2")
+    whole = tiny_backend(model=tiny_model("llama"), mode=Mode.WHOLE)
+    with pytest.raises(UnsupportedModelError, match=r"repair.* none"):
+        Refitted(whole, FIT, "gap")
+    with pytest.raises(DataError, match=r"calibration\.fit_tokens"):
+        Refitted(tiny_backend(model=tiny_model("llama")), FIT[:3], "gap")
