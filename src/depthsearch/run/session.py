@@ -41,6 +41,7 @@ from depthsearch.space import Budget, SearchSpace, Site, mask_from_names
 
 if TYPE_CHECKING:
     from depthsearch.evaluation.ray_backend import Cluster
+    from depthsearch.evaluation.ray_metrics import Metrics
 
 
 class Workers:
@@ -140,6 +141,14 @@ class Session:
         """Have the state of the workers told from now on, if there are any."""
         if self.workers.cluster is not None:
             self.workers.cluster.on_state = on_state
+
+    def metrics(self, run: str) -> Metrics | None:
+        """Ray's metrics for the run of that name, None without workers."""
+        if self.workers.cluster is None:
+            return None
+        from depthsearch.evaluation.ray_metrics import Metrics
+
+        return Metrics(run)
 
     def _cluster(self) -> Cluster:
         """The workers, started now where they are not yet."""
