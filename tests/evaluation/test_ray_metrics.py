@@ -15,11 +15,13 @@ import yaml
 from tests.tiny_runs import write_config
 
 from depthsearch.evaluation.ray_metrics import Metrics
+from depthsearch.run.directory import BEST
 
 pytestmark = pytest.mark.timeout(600)
 
 SEARCH = """
-import json, re, sys, threading, time, urllib.request
+import json, re, sys, time, urllib.request
+from contextlib import suppress
 from pathlib import Path
 from depthsearch.evaluation.ray_environment import stay_local
 stay_local()
@@ -39,7 +41,10 @@ state = json.loads((out / "watched" / WORKERS).read_text())
 
 port, found = ray.nodes()[0]["MetricsExportPort"], {}
 own = [psutil.Process(), *psutil.Process().children(recursive=True)]
-ports = [c.laddr for p in own for c in p.net_connections("tcp") if c.status == "LISTEN"]
+ports = []
+for process in own:
+    with suppress(psutil.NoSuchProcess):
+        ports += [c.laddr for c in process.net_connections("tcp") if c.status == "LISTEN"]
 until = time.monotonic() + float(sys.argv[3])
 while time.monotonic() < until and len(found) < 9:
     try:
@@ -74,8 +79,7 @@ def searched(folder: Path, out: Path, patience_s: float) -> dict[str, Any]:
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     figures: dict[str, Any] = yaml.safe_load(ended.stdout.splitlines()[-1])
-    for name in ("best.json",):
-        assert (out / "alone" / name).read_bytes() == (out / "watched" / name).read_bytes()
+    assert (out / "alone" / BEST).read_bytes() == (out / "watched" / BEST).read_bytes()
     return figures
 
 
@@ -86,7 +90,7 @@ def searched(folder: Path, out: Path, patience_s: float) -> dict[str, Any]:
 def test_prometheus_finds_where_a_search_stands(workplace: Path, tmp_path: Path) -> None:
     figures = searched(workplace, tmp_path, 60)
     found, state = figures["found"], figures["state"]
-    best = yaml.safe_load((tmp_path / "watched" / "best.json").read_text())
+    best = yaml.safe_load((tmp_path / "watched" / BEST).read_text())
     assert found["evaluations watched"] == best["evaluations"] == 12
     assert found["cost_tokens watched"] == pytest.approx(best["cost_tokens"])
     assert found["best_loss watched"] <= best["loss"]
