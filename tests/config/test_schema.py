@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from depthsearch.config import BudgetConfig, config_from_mapping
-from depthsearch.config.schema import parse_amount
+from depthsearch.config.schema import ClusterConfig, ModelConfig, parse_amount
 from depthsearch.space import Budget
 
 SPACES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
@@ -75,3 +75,17 @@ def test_every_shipped_search_space_loads(path: Path) -> None:
 
 def test_the_shipped_search_spaces_are_the_four_documented() -> None:
     assert [path.stem for path in SPACES] == ["attention-only", "blocks", "packable", "sublayers"]
+
+
+@pytest.mark.parametrize("gpus", [0, 0.25, 1, 2, 8])
+def test_a_worker_has_a_share_of_a_gpu_or_whole_ones(gpus: float) -> None:
+    assert ClusterConfig(num_gpus=gpus).num_gpus == gpus
+    with pytest.raises(ValueError, match="a share of one GPU"):
+        ClusterConfig(num_gpus=gpus + 1.5)
+
+
+@pytest.mark.parametrize("device", ["cuda:0,cuda:1", "cuda:0,cuda:1,cuda:12", "cuda:3", "auto"])
+def test_a_model_has_one_device_or_several_gpus(device: str) -> None:
+    assert ModelConfig(path="m", device=device).device == device
+    with pytest.raises(ValueError, match="pattern"):
+        ModelConfig(path="m", device=f"{device},cpu")

@@ -32,7 +32,7 @@ from depthsearch.journal import read_journal, without_times
 from depthsearch.model.packing import pack, unpack
 from depthsearch.run.directory import BEST, JOURNAL
 from depthsearch.run.search import search
-from depthsearch.run.session import Session
+from depthsearch.run.session import Session, opened
 from depthsearch.searchers import SEARCHERS
 from depthsearch.space import Mask, Status
 
@@ -160,6 +160,29 @@ crew.close()
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert ended.stdout.strip() == "['127.0.0.1', '::ffff:127.0.0.1']"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_stream_the_weights_write_the_same_journal(
+    cluster_of_one: Session,
+    undisturbed: dict[str, Path],
+    workplace: Path,
+    tmp_path: Path,
+    workers: int,
+) -> None:
+    """As one process with the whole model does, and as one that streams it: see `test_search`."""
+    config = on_ray(workplace, workers=workers)
+    model = config.model.model_copy(update={"streamed": True, "host_gb": 0.001})
+    config = config.model_copy(update={"model": model})
+    with opened(config, None) as session:
+        search(config, tmp_path / "run", session=session)
+        assert session.workers.cluster is not None
+        state = session.workers.cluster.dispatcher.state()
+    assert result_of(tmp_path / "run") == result_of(undisturbed["evolution"])
+    assert len(state["workers"]) == workers
+    asks = (tmp_path / "run" / JOURNAL).read_text().count('"op":"ask"')
+    # A unit is a pass of a worker over the weights; the finals are one more set of masks.
+    assert asks + 1 <= state["units_done"] <= workers * (asks + 1)
 
 
 class Fragile(Worker):

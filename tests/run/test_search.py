@@ -46,7 +46,9 @@ def test_streamed_weights_write_the_same_journal(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": {"streamed": True}, "cluster": {"backend": "ray"}}, "in one process"),
+        ({"model": {"streamed": True}, "cluster": {"backend": "ray", "num_gpus": 2}}, "one device"),
+        ({"model": {"streamed": True, "device": "cuda:0,cuda:1"}}, "one device"),
+        ({"model": {"streamed": True}, "cluster": {"backend": "ray", "weights": "store"}}, "store"),
         ({"model": {"streamed": True, "trust_remote_code": True}}, "own code"),
     ],
 )

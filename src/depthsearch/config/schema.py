@@ -84,16 +84,19 @@ class ModelConfig(_Section):
     """a folder, a GGUF file, or a hub id"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """number format of the weights; auto takes bfloat16 where the machine is fast at it"""
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|(cuda|mps|xpu)(:[0-9]+)?)$")] = "auto"
-    """auto, cpu, cuda, cuda:1, ..."""
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|(cuda|mps|xpu)(:[0-9]+)?|cuda:[0-9]+(,cuda:[0-9]+)+)$")
+    ] = "auto"
+    """auto, cpu, cuda, cuda:1, ...; cuda:0,cuda:1 spreads one model's blocks over both"""
     revision: str | None = None
     """branch, tag or commit of a hub model"""
     trust_remote_code: bool = False
     """run the Python code that a hub model brings along"""
     streamed: bool = False
-    """bring one block at a time to the device, for a model that it can't hold whole"""
+    """bring one block at a time to the device, for a model that it can't hold whole; workers of a
+    cluster read the checkpoint themselves, once each for every set of masks"""
     host_gb: Annotated[float, Field(gt=0)] | None = None
-    """memory for hidden states that wait while streaming; less of it takes more passes"""
+    """memory for hidden states that wait while streaming, of each worker; less takes more passes"""
 
 
 class BudgetConfig(_Section):
@@ -293,7 +296,7 @@ class ClusterConfig(_Section):
     num_cpus: Annotated[float, Field(gt=0)] = 1
     """processor cores of one worker"""
     num_gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs of one worker, or a share of one"""
+    """GPUs of one worker, or a share of one; over several, such as 2, its model's blocks spread"""
     resources: dict[str, float] = {}
     """custom resources of one worker, by Ray's name for them"""
     threads: Count | None = None
@@ -301,11 +304,19 @@ class ClusterConfig(_Section):
     weights: Literal["path", "store"] = "path"
     """workers load model.path themselves, or share the driver's weights through Ray's store"""
     unit_timeout_s: Annotated[float, Field(gt=0)] = 600
-    """seconds after which a worker that has not answered is taken for hung and replaced"""
+    """seconds after which a worker that has not answered is taken for hung and replaced; with
+    model.streamed it must last for a pass over all weights"""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600
     """seconds to wait for a first worker"""
     restarts: Annotated[Whole, Field(ge=0)] = 3
     """how often in a row, with nothing computed in between, a worker may be replaced"""
+
+    @field_validator("num_gpus", mode="after")
+    @classmethod
+    def _check_gpus(cls, gpus: float) -> float:
+        if gpus > 1 and not gpus.is_integer():
+            raise ValueError("must be a share of one GPU, such as 0.5, or a whole number")
+        return gpus
 
 
 class TrackingConfig(_Section):

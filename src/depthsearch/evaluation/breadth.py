@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from depthsearch.evaluation.accounting import width
 from depthsearch.evaluation.prefix import PrefixWalk
 from depthsearch.evaluation.samples import Sample
 from depthsearch.evaluation.turns import Turn, steps_of
+from depthsearch.model.placement import to_device
 from depthsearch.model.replay import Call, Mode, Replayer
 from depthsearch.space import Mask
 
@@ -35,7 +36,7 @@ class Entry:
     @classmethod
     def of(cls, sample: Sample, first: Tensor, calls: tuple[Call, ...]) -> Entry:
         """Bring it to the machine's memory; what the blocks share stays shared."""
-        return cls(sample, first.to(_HOST), _moved(calls, _HOST, {}))
+        return cls(sample, first.to(_HOST), to_device(calls, _HOST))
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +45,7 @@ class Entry:
 
     def call(self, block: int) -> Call:
         """The further arguments of one block, on the device."""
-        call: Call = _moved(self.calls[block], self.device, {})
+        call: Call = to_device(self.calls[block], self.device)
         return call
 
 
@@ -169,16 +170,3 @@ class DenseStream:
             for ffn in (False, True):
                 after = self._replayer.apply(call, block, here, attention=True, ffn=ffn)
                 states.append(after.to(_HOST))
-
-
-def _moved(value: Any, device: torch.device, seen: dict[int, Tensor]) -> Any:
-    """`value` with all tensors in its tuples, lists and dictionaries on `device`."""
-    if isinstance(value, Tensor):
-        if id(value) not in seen:
-            seen[id(value)] = value.to(device)
-        return seen[id(value)]
-    if type(value) in (tuple, list):
-        return type(value)(_moved(part, device, seen) for part in value)
-    if type(value) is dict:
-        return {name: _moved(part, device, seen) for name, part in value.items()}
-    return value

@@ -82,6 +82,7 @@ class Dispatcher:
         self._tried: dict[int, set[str]] = {}
         self._alone: dict[Mask, list[str]] = {}
         self._sure = True
+        self._least = 1
         self._quarantined: dict[Mask, tuple[Status, str]] = {}
         self._next_look = clock()
         self._numbers = 0
@@ -94,6 +95,11 @@ class Dispatcher:
     def ready(self) -> int:
         """Workers that take units now."""
         return sum(worker.ready for worker in self._workers.values())
+
+    @property
+    def places(self) -> int:
+        """Workers there is room for, whether they are up or not."""
+        return len(self._places)
 
     @property
     def quarantined(self) -> dict[Mask, str]:
@@ -129,15 +135,24 @@ class Dispatcher:
                 self._start(place)
 
     def compute(
-        self, text: str, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool
+        self,
+        text: str,
+        batch: int,
+        masks: Sequence[Mask],
+        ahead: Sequence[int] = (),
+        *,
+        sure: bool,
+        least: int = 1,
     ) -> list[Answer]:
         """The answers for `masks` on one batch, in their order.
 
         `ahead` are the batches that come next. Where they are `sure` to be wanted for all these
         masks, work is spread over batches first, which shares most; where a race may end some of
-        them, the masks of this batch are split and later batches only fill idle workers.
+        them, the masks of this batch are split and later batches only fill idle workers. Units have
+        `least` masks or more while so many are left: for work that costs much to begin.
         Raises ClusterError when no worker is left.
         """
+        self._least = least
         self._want(text, batch, masks, ahead, sure)
         self._waiting_since = self._next_look = self._clock()
         while self._waited:
@@ -255,7 +270,7 @@ class Dispatcher:
         if workers <= 1:
             return sum(len(unit.masks) for unit in (*self._queue, *self._ahead))
         left = self._queue if self._queue and not self._sure else (*self._queue, *self._ahead)
-        return max(1, -(-sum(len(unit.masks) for unit in left) // (_GRAIN * workers)))
+        return max(self._least, -(-sum(len(unit.masks) for unit in left) // (_GRAIN * workers)))
 
     def _submit(self, worker: _Worker, unit: Unit) -> None:
         if not worker.held:

@@ -1,4 +1,4 @@
-"""The Ray backend: one actor a worker, any of which may die. The only file that knows Ray.
+"""The Ray backend: one actor a worker, any of which may die.
 
 Actors are never restarted and tasks never retried by Ray: the dispatcher starts a new actor for a
 lost one and issues its units again, so that a mask that kills its worker is found and given up.

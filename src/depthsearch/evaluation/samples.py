@@ -32,9 +32,9 @@ class Sample:
         return self.ids.gather(1, self.positions + 1).flatten()
 
     def at(self, hidden: Tensor) -> Tensor:
-        """Hidden states `[sequence * count, hidden]` at the positions."""
-        index = self.positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        return hidden.gather(1, index).flatten(0, 1)
+        """Hidden states `[sequence * count, hidden]` at the positions, on their device."""
+        index = self.positions.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        return hidden.gather(1, index).flatten(0, 1).to(self.positions.device)
 
     def by_sequence(self, losses: Tensor) -> Tensor:
         """The mean over positions: `[mask, sequence]` of `[mask, sequence * count]`."""

@@ -38,9 +38,10 @@ class Streamed:
     `passes` says how many. On top of the limit are kept what enters block 0 of every batch, the
     arguments that all blocks share, and the dense model's hidden states at the positions looked at.
 
-    The first pass also carries the dense model's own hidden states, and before it the embeddings
-    are read, once. Raises DataError for windows that can't be used or a limit that not even one
-    mask meets, ModelError for a model that only whole forward passes replay exactly.
+    The first pass of a batch also carries the dense model's own hidden states, and before the first
+    of all the embeddings are read, once. Raises DataError for windows that can't be used or a limit
+    that not even one mask meets, ModelError for a model that only whole forward passes replay
+    exactly.
     """
 
     def __init__(
@@ -76,10 +77,10 @@ class Streamed:
         )
         self._host_bytes = host_bytes
         self._entries: tuple[Entry, ...] = ()
-        self._teacher: tuple[Tensor, ...] = ()
+        self._teacher: dict[int, Tensor] = {}
         self._passes = 0
         self._held: dict[tuple[int, Mask], tuple[tuple[float, ...], Status]] = {}
-        needed = self._waiting_bytes([Mask.dense(2 * self._blocks)])
+        needed = self._waiting_bytes([Mask.dense(2 * self._blocks)], range(len(self._samples)))
         if host_bytes is not None and host_bytes < needed:
             raise DataError(
                 f"host_bytes is {host_bytes:,}, but the hidden states of one mask beside the dense "
@@ -132,22 +133,28 @@ class Streamed:
         return UnitResult(
             tuple(losses for losses, _ in found),
             tuple(status for _, status in found),
-            self._accounting.plan(masks, self.sequences[batch : batch + 1]),
+            self.unit_cost(batch, masks),
         )
 
-    def run_all(self, masks: Sequence[Mask]) -> list[UnitResult]:
-        """Compute the units of all batches in one pass over the weights (but see `host_bytes`).
+    def run_all(
+        self, masks: Sequence[Mask], batches: Sequence[int] | None = None
+    ) -> list[UnitResult]:
+        """Compute the units of `batches` (None: all) in one pass over the weights.
 
-        Results are those of `run` for each batch. `cost_tokens` are a function of the set of masks:
-        what several passes compute again is not charged. Out of memory splits the set, down to a
-        single quarantined mask.
+        More passes where `host_bytes` asks for them. Results are those of `run` for each batch.
+        `cost_tokens` are a function of the set of masks: what several passes compute again is not
+        charged. Out of memory splits the set, down to a single quarantined mask.
         """
         self._passes = 0
-        return self._units(range(len(self._samples)), masks)
+        return self._units(range(len(self._samples)) if batches is None else batches, masks)
 
     def plan(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
         return self._accounting.plan(masks, self.sequences)
+
+    def unit_cost(self, batch: int, masks: Sequence[Mask]) -> float:
+        """The `cost_tokens` of one unit with nothing split or failing, nothing computed."""
+        return self._accounting.plan(masks, self.sequences[batch : batch + 1])
 
     def figures(
         self, masks: Sequence[Mask], on_batch: Callable[[int, int], None] | None = None
@@ -182,7 +189,7 @@ class Streamed:
                 held += self._stream_bytes(batches[0])
                 taken.append(batches.pop(0))
             stream = DenseStream(self._replayer, [self._entries[batch] for batch in taken])
-            self._pass(stream)
+            self._pass(stream, taken)
             for states in stream.states:
                 similarities.add(states, self._streamed.device)
         return similarities.hints(), self._accounting.hints(similarities.tokens)
@@ -218,11 +225,11 @@ class Streamed:
         self._enter()
         order = sorted(dict.fromkeys(masks), key=lambda mask: mask.key)
         rows: list[list[dict[Mask, Tensor]]] = [[] for _ in batches]
-        runs = self._runs(order)
+        runs = self._runs(order, batches)
         for done, run in enumerate(runs):
             entries = [self._entries[batch] for batch in batches]
             waiting = Prefixes(self._replayer, self._mode, run, entries)
-            self._pass(waiting)
+            self._pass(waiting, batches)
             with self._streamed.head():
                 for place, batch in enumerate(batches):
                     students = [waiting.leaves[place][mask] for mask in run]
@@ -255,38 +262,42 @@ class Streamed:
                 Entry.of(sample, *self._replayer.entry(sample.ids)) for sample in self._samples
             )
 
-    def _pass(self, wanted: Traveller) -> None:
-        """One pass over the weights, the first one with the dense path as well."""
-        dense = None if self._teacher else DensePath(self._replayer, self._entries)
-        travellers = [wanted] if dense is None else [wanted, dense]
+    def _pass(self, wanted: Traveller, batches: Sequence[int]) -> None:
+        """One pass over the weights, with the dense path of those batches that lack it."""
+        missing = [batch for batch in batches if batch not in self._teacher]
+        travellers = [wanted]
+        if missing:
+            dense = DensePath(self._replayer, [self._entries[batch] for batch in missing])
+            travellers.append(dense)
         self._passes += 1
         for block in range(self._blocks):
             needed = any(traveller.needs(block) for traveller in travellers)
             with self._streamed.block(block) if needed else nullcontext():
                 for traveller in travellers:
                     traveller.advance(block)
-        if dense is not None:
-            self._teacher = tuple(dense.leaves)
+        if missing:
+            self._teacher |= zip(missing, dense.leaves, strict=True)
 
-    def _runs(self, order: Sequence[Mask]) -> list[list[Mask]]:
+    def _runs(self, order: Sequence[Mask], batches: Sequence[int]) -> list[list[Mask]]:
         """Sorted masks in the longest contiguous runs that `host_bytes` holds."""
         runs: list[list[Mask]] = [[]]
         for mask in order:
-            room = self._host_bytes
-            if runs[-1] and room is not None and self._waiting_bytes([*runs[-1], mask]) > room:
+            room, more = self._host_bytes, [*runs[-1], mask]
+            if runs[-1] and room is not None and self._waiting_bytes(more, batches) > room:
                 runs.append([])
             runs[-1].append(mask)
         return runs
 
-    def _waiting_bytes(self, masks: Sequence[Mask]) -> int:
-        """The most bytes that hidden states of these sorted masks take at once.
+    def _waiting_bytes(self, masks: Sequence[Mask], batches: Sequence[int]) -> int:
+        """The most bytes that hidden states of these sorted masks take at once on these batches.
 
         That is before the last block: a whole state for each prefix, for the dense path and for
         the one being worked on, and, growing, the positions looked at of every mask.
         """
         before_last = len({mask.keep[:-2] for mask in masks})
-        tokens = sum(self.sequences) * self.window_tokens
-        looked_at = sum(self.sequences) * self._accounting.looked_at
+        sequences = sum(self.sequences[batch] for batch in batches)
+        tokens = sequences * self.window_tokens
+        looked_at = sequences * self._accounting.looked_at
         return ((before_last + 2) * tokens + len(masks) * looked_at) * self._token_bytes
 
     def _stream_bytes(self, batch: int) -> int:

@@ -16,11 +16,16 @@ from typing import Any
 import torch
 
 from depthsearch.calibration.objectives import OBJECTIVES
+from depthsearch.evaluation.crew import Answer
 from depthsearch.evaluation.inprocess import InProcess
+from depthsearch.evaluation.spread import share_answers, share_batches
+from depthsearch.evaluation.streamed import Streamed
 from depthsearch.model.anatomy import describe
-from depthsearch.model.load import load_model
+from depthsearch.model.load import checkpoint_folder, load_model, resolve_devices
 from depthsearch.model.packing import PackedModel, unpack
+from depthsearch.model.placement import place_on
 from depthsearch.model.replay import Mode
+from depthsearch.model.streaming import StreamedModel
 from depthsearch.sources import one_line
 from depthsearch.space import Mask
 
@@ -29,7 +34,11 @@ _TEXTS_KEPT = 3
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a worker gets the model: as `load_model` takes it, on `device`, with `threads`."""
+    """Where a worker gets the model: as `load_model` takes it, on `device`, with `threads`.
+
+    `device` may name several GPUs, which the worker's model is spread over. A `streamed` model
+    stays in its files, and hidden states take `host_bytes` of the worker's memory at most.
+    """
 
     path: str
     dtype: str
@@ -37,6 +46,8 @@ class ModelSource:
     revision: str | None
     trust_remote_code: bool
     threads: int
+    streamed: bool = False
+    host_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +78,18 @@ class Computed:
 
 
 class Worker:
-    """Holds the model and the texts last used."""
+    """Holds the model, or what streams it, and the texts last used."""
 
     def __init__(self, source: ModelSource, packed: PackedModel | None = None) -> None:
         torch.set_num_threads(source.threads)
-        if packed is not None:
-            self._model = unpack(packed).to(source.device)
+        self._host_bytes = source.host_bytes
+        self._streamed: StreamedModel | None = None
+        if source.streamed:
+            folder = checkpoint_folder(source.path, source.revision)
+            self._streamed = StreamedModel.open(folder, source.dtype, source.device)
+            self._model = self._streamed.model
+        elif packed is not None:
+            self._model = place_on(unpack(packed), resolve_devices(source.device))
         else:
             self._model = load_model(
                 source.path,
@@ -82,39 +99,55 @@ class Worker:
                 source.trust_remote_code,
             ).model
         self._anatomy = describe(self._model)
-        self._texts: OrderedDict[str, InProcess] = OrderedDict()
+        self._texts: OrderedDict[str, InProcess | Streamed] = OrderedDict()
 
     def about(self) -> dict[str, Any]:
         """Where this worker runs."""
         return {"node": socket.gethostname(), "pid": os.getpid()}
 
     def run(self, text: Text, batch: int, keys: Sequence[str]) -> Computed:
-        """One unit; an error other than lack of memory is told, not raised."""
+        """One unit; an error other than lack of memory is told, not raised.
+
+        With streamed weights `batch` names a share of the batches (see `spread`).
+        """
         start = time.perf_counter()
         try:
-            result = self._backend(text).run(batch, [Mask.from_key(key) for key in keys])
+            answers = self._answers(text, batch, [Mask.from_key(key) for key in keys])
         except Exception as error:  # noqa: BLE001 - whatever it is, the driver decides
             fatal = "CUDA" in str(error) or isinstance(error, MemoryError)
             return Computed(error=f"{type(error).__name__}: {one_line(error)}", fatal=fatal)
         return Computed(
-            result.losses,
-            tuple(str(status) for status in result.statuses),
+            tuple(answer.losses for answer in answers),
+            tuple(str(answer.status) for answer in answers),
             time.perf_counter() - start,
         )
 
-    def _backend(self, text: Text) -> InProcess:
+    def _answers(self, text: Text, batch: int, masks: Sequence[Mask]) -> Sequence[Answer]:
+        backend = self._backend(text)
+        if isinstance(backend, Streamed):
+            share = share_batches(batch)
+            sequences = [backend.sequences[number] for number in share]
+            return share_answers(backend.run_all(masks, share), sequences)
+        unit = backend.run(batch, masks)
+        return [Answer(*found) for found in zip(unit.losses, unit.statuses, strict=True)]
+
+    def _backend(self, text: Text) -> InProcess | Streamed:
         if text.name not in self._texts:
             while len(self._texts) >= _TEXTS_KEPT:
                 self._texts.popitem(last=False)
-            self._texts[text.name] = InProcess(
-                self._model,
-                self._anatomy,
-                torch.from_numpy(text.windows.copy()),
-                OBJECTIVES[text.objective](),
-                mode=Mode(text.mode),
-                batch_tokens=text.batch_tokens,
-                positions=text.positions,
-                seed=text.seed,
-            )
+            self._texts[text.name] = self._made(text)
         self._texts.move_to_end(text.name)
         return self._texts[text.name]
+
+    def _made(self, text: Text) -> InProcess | Streamed:
+        what: dict[str, Any] = {
+            "windows": torch.from_numpy(text.windows.copy()),
+            "objective": OBJECTIVES[text.objective](),
+            "mode": Mode(text.mode),
+            "batch_tokens": text.batch_tokens,
+            "positions": text.positions,
+            "seed": text.seed,
+        }
+        if self._streamed is not None:
+            return Streamed(self._streamed, **what, host_bytes=self._host_bytes)
+        return InProcess(self._model, self._anatomy, **what)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from depthsearch.errors import ModelError, StorageError, UnsupportedModelError
 from depthsearch.model.conversion import converted_gguf, gguf_in
+from depthsearch.model.placement import place_on
 from depthsearch.sources import is_disk_full, is_path, one_line, quiet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,6 +49,11 @@ class LoadedModel:
     folder: Path | None = None
     """Where its files lie: its directory, the converted GGUF, or the hub's cache."""
 
+    @property
+    def devices(self) -> str:
+        """All devices that hold its weights, as `load_model` takes them; `device` is the first."""
+        return ",".join(dict.fromkeys(str(weight.device) for weight in self.model.parameters()))
+
 
 def load_model(
     path_or_id: str,
@@ -62,14 +68,15 @@ def load_model(
     `path_or_id` is a hub id, a directory with config.json and safetensors files, a GGUF file, or a
     directory with exactly one GGUF file and no safetensors. A GGUF file is converted once, to
     bfloat16 safetensors under `cache_dir` (see `conversion`). `dtype` "auto" is bfloat16 on CUDA
-    and on processors with bfloat16 instructions, else float32; `device` "auto" is CUDA if present.
-    Weights are read from safetensors only, never from pickles.
+    and on processors with bfloat16 instructions, else float32; `device` "auto" is CUDA if present,
+    and "cuda:0,cuda:1" spreads the blocks over both, while all the rest is on the first. Weights
+    are read from safetensors only, never from pickles.
 
     Raises ModelError (one line: what failed and what to do), UnsupportedModelError for an
     architecture that can't be loaded as a causal language model, StorageError on a full disk.
     """
-    target = resolve_device(device)
-    kind = resolve_dtype(dtype, target)
+    targets = resolve_devices(device)
+    kind = resolve_dtype(dtype, targets[0])
     location: str | Path = path_or_id
     if is_path(path_or_id, (".gguf", ".safetensors")):
         location = _local(path_or_id, cache_dir)
@@ -82,7 +89,7 @@ def load_model(
                 f"checkpoint (first: {missing[0]}); get the whole checkpoint, or the config that "
                 "belongs to it"
             )
-        model = model.to(target).eval().requires_grad_(False)
+        model = place_on(model.eval().requires_grad_(False), targets)
     tokenizer = load_tokenizer(path_or_id, location, trust_remote_code, options)
     if isinstance(location, Path):
         folder, commit = location, None
@@ -90,7 +97,7 @@ def load_model(
         folder = _snapshot(location, options)
         commit = folder.name
     return LoadedModel(
-        model, tokenizer, path_or_id, commit, fingerprint(folder), kind, target, folder
+        model, tokenizer, path_or_id, commit, fingerprint(folder), kind, targets[0], folder
     )
 
 
@@ -127,6 +134,14 @@ def resolve_device(device: str) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= cards:
         raise ModelError(f"device is {device!r}, but {cards} CUDA devices are visible; use auto")
     return chosen
+
+
+def resolve_devices(devices: str) -> tuple[torch.device, ...]:
+    """The devices of "cuda:0,cuda:1", or the one of what `resolve_device` takes."""
+    found = tuple(resolve_device(device.strip()) for device in devices.split(","))
+    if len(found) > 1 and (len(set(found)) < len(found) or any(d.type != "cuda" for d in found)):
+        raise ModelError(f"device is {devices!r}; several are different CUDA ones: cuda:0,cuda:1")
+    return found
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from depthsearch.errors import UnsupportedModelError
 from depthsearch.model.anatomy import Anatomy
+from depthsearch.model.placement import block_devices, to_device
 from depthsearch.model.switches import block_view, masked, replaced_blocks, through_view
 from depthsearch.space import Mask
 
@@ -54,6 +55,7 @@ class Replayer:
         self.model = model
         self.anatomy = anatomy
         row = anatomy.stack.row
+        self._devices = block_devices(anatomy.block_list(model))
         self._views: dict[tuple[int, bool, bool], nn.Module] = {
             (index, attention, ffn): block_view(block, row, index, attention=attention, ffn=ffn)
             for index, block in enumerate(anatomy.block_list(model))
@@ -98,7 +100,10 @@ class Replayer:
             calls.append((tuple(args[1:]), kwargs))
 
         blocks = list(self.anatomy.block_list(self.model))
-        hooks = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
+        # Before what moves them to the block's device, so that what blocks share is seen as such.
+        hooks = [
+            b.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for b in blocks
+        ]
         try:
             self.body(ids)
         finally:
@@ -109,7 +114,17 @@ class Replayer:
                 f"{self.anatomy.model_class} called {len(calls)} blocks of {len(blocks)} in one "
                 "forward pass: its blocks cannot be replayed"
             )
-        return states[0], tuple(calls)
+        return states[0], self._at_blocks(calls)
+
+    def _at_blocks(self, calls: Sequence[Call]) -> tuple[Call, ...]:
+        """The arguments of each block on its device; one copy a device of what blocks share."""
+        if len(set(self._devices)) == 1:
+            return tuple(calls)
+        seen: dict[torch.device, dict[int, Tensor]] = {device: {} for device in self._devices}
+        return tuple(
+            to_device(call, device, seen[device])
+            for call, device in zip(calls, self._devices, strict=True)
+        )
 
     def body(self, ids: Tensor) -> None:
         """One ordinary forward pass with the head at the last position only."""
@@ -169,14 +184,15 @@ class Replayer:
     def states(self, recording: Recording) -> Sequence[Tensor]:
         """The dense residual stream before every site and after the last, `[batch, seq, hidden]`.
 
-        In a parallel block the stream before the FFN is the one with only the attention added.
+        All on one device. In a parallel block the stream before the FFN is the one with only the
+        attention added.
         """
         hidden, found = recording.first, [recording.first]
         for block in range(self.anatomy.stack.blocks):
             found.append(self.step(recording, block, hidden, attention=True, ffn=False))
             hidden = self.step(recording, block, hidden, attention=True, ffn=True)
             found.append(hidden)
-        return found
+        return [state.to(recording.first.device) for state in found]
 
 
 def _tensor(output: Any) -> Tensor:

@@ -131,7 +131,7 @@ def replay(replayer: Replayer, recording: Recording, mask: Mask, mode: Mode) -> 
             hidden = replayer.step(recording, block, hidden, attention=False, ffn=ffn)
         else:
             hidden = replayer.step(recording, block, hidden, attention=attention, ffn=ffn)
-    return hidden
+    return hidden.to(recording.last.device)
 
 
 @contextmanager

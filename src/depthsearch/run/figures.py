@@ -74,7 +74,7 @@ def export_run(
         small = load_model(
             str(directory),
             str(session.loaded.dtype).removeprefix("torch."),
-            str(session.loaded.device),
+            session.loaded.devices,
         )
         rows.extend(
             measure_beside(
@@ -203,7 +203,7 @@ def measure_beside(
         if peak is None and loaded.folder is not None:
             dtype = str(loaded.dtype).removeprefix("torch.")
             peak = peak_memory(
-                loaded.folder, prompt, _NEW_TOKENS, dtype=dtype, device=str(loaded.device)
+                loaded.folder, prompt, _NEW_TOKENS, dtype=dtype, device=loaded.devices
             ).peak_bytes
         rows.append(_row(name, texts[name], size, speeds[name], peak))
         stage("memory", place + 1, len(models))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from depthsearch import __version__
 from depthsearch.config import RunConfig, load_config, resolved_yaml
@@ -21,10 +21,13 @@ from depthsearch.run.directory import (
     write_json,
 )
 from depthsearch.run.ledger import Ledger
-from depthsearch.run.loop import OnProgress, Outcome, SearchLoop, check_cost
+from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, check_cost
 from depthsearch.run.session import Session, best_json, opened
 from depthsearch.run.tracking import Tracker, open_tracker, tracked
 from depthsearch.searchers import check_storage
+
+if TYPE_CHECKING:
+    from depthsearch.evaluation.ray_metrics import Metrics
 
 Finish = Callable[[Path], object]
 
@@ -105,14 +108,15 @@ def _continue(
     signature = session.signature(splits, seed)
     with Journal(out / JOURNAL) as journal, tracked(tracker, out) as on_record:
         select, finals = (session.backend(w, seed) for w in (splits.select, splits.finals))
-        session.tell_workers_to(partial(_write_state, out / WORKERS))
+        metrics = session.metrics(out.absolute().name)
+        session.tell_workers_to(partial(_tell_state, out / WORKERS, metrics))
         loop = SearchLoop(
             Ledger(journal, on_record),
             session.space,
             session.plan(),
             select,
             finals,
-            on_progress,
+            partial(_tell_progress, on_progress, metrics),
         )
         outcome = loop.run(_start(session, signature))
         if finish is not None:
@@ -121,10 +125,21 @@ def _continue(
     return outcome
 
 
-def _write_state(path: Path, state: dict[str, Any]) -> None:
+def _tell_state(path: Path, metrics: Metrics | None, state: dict[str, Any]) -> None:
     """Write what watchers read; no search ends because it can't be written."""
     with suppress(StorageError):
         write_json(path, state)
+    if metrics is not None:
+        metrics.tell_state(state)
+
+
+def _tell_progress(
+    on_progress: OnProgress | None, metrics: Metrics | None, progress: Progress
+) -> None:
+    if metrics is not None:
+        metrics.tell_progress(progress.evaluations, progress.cost_tokens, progress.best_loss)
+    if on_progress is not None:
+        on_progress(progress)
 
 
 def _start(session: Session, signature: dict[str, Any]) -> dict[str, Any]:

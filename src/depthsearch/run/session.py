@@ -41,6 +41,7 @@ from depthsearch.space import Budget, SearchSpace, Site, mask_from_names
 
 if TYPE_CHECKING:
     from depthsearch.evaluation.ray_backend import Cluster
+    from depthsearch.evaluation.ray_metrics import Metrics
 
 
 class Workers:
@@ -115,9 +116,10 @@ class Session:
         """The configured backend for the configured objective on `windows`."""
         objective = self.config.objective
         here = self._here(windows, OBJECTIVES[objective.kind](), objective.positions, seed)
-        if isinstance(here, Streamed) or self.config.cluster.backend == "in-process":
+        if self.config.cluster.backend == "in-process":
             return here
         from depthsearch.evaluation.ray_backend import RayBackend
+        from depthsearch.evaluation.spread import SpreadStreamed
         from depthsearch.evaluation.worker import Text
 
         text = Text(
@@ -129,12 +131,24 @@ class Session:
             positions=objective.positions,
             seed=seed,
         )
-        return RayBackend(self._cluster(), here, text)
+        cluster = self._cluster()
+        if isinstance(here, Streamed):
+            cluster.crew.add_text(text)
+            return SpreadStreamed(cluster.dispatcher, here, text.name)
+        return RayBackend(cluster, here, text)
 
     def tell_workers_to(self, on_state: Callable[[dict[str, Any]], None]) -> None:
         """Have the state of the workers told from now on, if there are any."""
         if self.workers.cluster is not None:
             self.workers.cluster.on_state = on_state
+
+    def metrics(self, run: str) -> Metrics | None:
+        """Ray's metrics for the run of that name, None without workers."""
+        if self.workers.cluster is None:
+            return None
+        from depthsearch.evaluation.ray_metrics import Metrics
+
+        return Metrics(run)
 
     def _cluster(self) -> Cluster:
         """The workers, started now where they are not yet."""
@@ -158,20 +172,35 @@ class Session:
                 if is_path(model.path)
                 else model.path,
                 str(self.loaded.dtype).removeprefix("torch."),
-                self._worker_device,
+                self._worker_devices,
                 model.revision,
                 model.trust_remote_code,
                 torch.get_num_threads(),
+                model.streamed,
+                self._host_bytes,
             )
             packed = pack(self.loaded.model) if cluster.weights == "store" else None
             self.workers.cluster = Cluster(RayCrew(settings, source, packed))
         return self.workers.cluster
 
     @property
-    def _worker_device(self) -> str:
-        """Where losses are computed."""
+    def _computing_device(self) -> str:
+        """Where losses are computed: the kind, since the number of GPUs changes none."""
         on_gpu = self.config.cluster.backend == "ray" and self.config.cluster.num_gpus > 0
         return "cuda" if on_gpu else str(self.loaded.device)
+
+    @property
+    def _worker_devices(self) -> str:
+        """The devices of one worker; it sees no other GPUs than its own, which count from 0."""
+        gpus = int(self.config.cluster.num_gpus)
+        if gpus <= 1:
+            return self._computing_device
+        return ",".join(f"cuda:{index}" for index in range(gpus))
+
+    @property
+    def _host_bytes(self) -> int | None:
+        room = self.config.model.host_gb
+        return None if room is None else int(room * 10**9)
 
     def judge(self, windows: torch.Tensor) -> InProcess | Streamed:
         """A backend of this process for held-out figures, on every position."""
@@ -189,9 +218,7 @@ class Session:
             "seed": seed,
         }
         if self.streamed is not None:
-            room = self.config.model.host_gb
-            host_bytes = None if room is None else int(room * 10**9)
-            return Streamed(self.streamed, **what, host_bytes=host_bytes)
+            return Streamed(self.streamed, **what, host_bytes=self._host_bytes)
         return InProcess(self.loaded.model, self.anatomy, **what)
 
     def plan(self) -> Plan:
@@ -235,7 +262,7 @@ class Session:
             "model": self.model_json,
             "model_class": self.anatomy.model_class,
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
-            "device": self._worker_device,
+            "device": self._computing_device,
             "threads": torch.get_num_threads(),
             "data": {
                 "source": self.documents_name,
@@ -259,21 +286,15 @@ class Session:
 
 def open_model(config: RunConfig) -> LoadedModel:
     """Load the configured model."""
-    model, cluster = config.model, config.cluster
-    dtype, device = model.dtype, model.device
-    if cluster.backend == "ray":
-        # The workers have the accelerators; the driver counts costs and computes hints.
-        device = "cpu"
-        if cluster.num_gpus > 0 and dtype == "auto":
-            dtype = "bfloat16"
-    return load_model(model.path, dtype, device, model.revision, model.trust_remote_code)
+    model = config.model
+    return load_model(model.path, *_here(config), model.revision, model.trust_remote_code)
 
 
 def open_streamed(config: RunConfig) -> tuple[LoadedModel, StreamedModel]:
     """The configured model without its weights, and what brings them block by block."""
     model = config.model
     folder = checkpoint_folder(model.path, model.revision)
-    streamed = StreamedModel.open(folder, model.dtype, model.device)
+    streamed = StreamedModel.open(folder, *_here(config))
     return (
         LoadedModel(
             streamed.model,
@@ -287,6 +308,16 @@ def open_streamed(config: RunConfig) -> tuple[LoadedModel, StreamedModel]:
         ),
         streamed,
     )
+
+
+def _here(config: RunConfig) -> tuple[str, str]:
+    """The dtype, which is the workers' as well, and the device of this process."""
+    model, cluster = config.model, config.cluster
+    if cluster.backend != "ray":
+        return model.dtype, model.device
+    # The workers have the accelerators; the driver counts costs and computes hints.
+    on_gpu = cluster.num_gpus > 0 and model.dtype == "auto"
+    return "bfloat16" if on_gpu else model.dtype, "cpu"
 
 
 @contextmanager
@@ -310,12 +341,24 @@ def _check_cluster(config: RunConfig) -> None:
         )
     if config.cluster.backend == "ray" and config.cluster.address is None:
         stay_local()
-    if config.cluster.backend == "ray" and config.model.streamed:
-        raise ConfigError(
-            "model.streamed works in one process for now: set cluster.backend=in-process"
-        )
-    if config.model.streamed and config.model.trust_remote_code:
+    if config.model.streamed:
+        _check_streamed(config)
+
+
+def _check_streamed(config: RunConfig) -> None:
+    model, cluster = config.model, config.cluster
+    if model.trust_remote_code:
         raise ConfigError("model.streamed can't run a model's own code: leave one of them out")
+    if "," in model.device or (cluster.backend == "ray" and cluster.num_gpus > 1):
+        raise ConfigError(
+            "model.streamed brings blocks to one device: give model.device one, or set "
+            "cluster.num_gpus to 1 and start more workers"
+        )
+    if cluster.backend == "ray" and cluster.weights == "store":
+        raise ConfigError(
+            "cluster.weights is store, but with model.streamed workers read the weights from the "
+            "checkpoint: leave one of them out"
+        )
 
 
 def _threads(config: RunConfig) -> int | None:
