@@ -142,7 +142,7 @@ def test_no_worker_holds_more_than_one_unit_beside_its_own() -> None:
             super().submit(worker, unit)
             most = max(most, len(self._held[worker]))
 
-    search(dispatcher(Watching(3, loss)), masks(40), 5, sure=True)
+    search(dispatcher(Watching(3, loss)), masks(40), 15, sure=True)
     assert most == QUEUED == 2
 
 

@@ -7,10 +7,11 @@ not depend on the unit it came in, so lost work is simply issued again, in other
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from depthsearch.errors import ClusterError
@@ -25,13 +26,16 @@ from depthsearch.evaluation.crew import (
     Lost,
     Unit,
 )
+from depthsearch.evaluation.cutting import Pool, Run, Sheet
+from depthsearch.evaluation.progress import Load, Progress
 from depthsearch.space import Mask, Status
 
 QUEUED = 2
 """Units a worker holds at most: the one it computes and the next."""
 
 _ALONE_TRIES = 2
-_GRAIN = 2
+_GRAIN = 1.8
+_SMALL = 2
 
 
 @dataclass
@@ -40,7 +44,9 @@ class _Worker:
     place: int
     ready: bool = False
     held: deque[Unit] = field(default_factory=deque)
+    seen: set[tuple[str, int]] = field(default_factory=set)
     since: float = 0.0
+    load: Load = field(default_factory=Load)
     units: int = 0
     busy_s: float = 0.0
 
@@ -70,22 +76,23 @@ class Dispatcher:
         self._on_change = on_change or (lambda _: None)
         self._places: list[_Place] = []
         self._workers: dict[str, _Worker] = {}
-        self._queue: deque[Unit] = deque()
-        self._ahead: deque[Unit] = deque()
-        self._hungry: dict[str, None] = {}
+        self._pool = Pool()
+        self._hungry: tuple[dict[str, None], dict[str, None]] = ({}, {})
         self._found: dict[tuple[int, str], Answer] = {}
         self._text = ""
         self._masks: dict[str, Mask] = {}
         self._open: set[int] = set()
         self._batch = 0
         self._waited: set[str] = set()
-        self._tried: dict[int, set[str]] = {}
+        self._tried: dict[int, frozenset[str]] = {}
         self._alone: dict[Mask, list[str]] = {}
         self._sure = True
         self._quarantined: dict[Mask, tuple[Status, str]] = {}
         self._next_look = clock()
         self._numbers = 0
         self._done = 0
+        self._progress = Progress()
+        self._seers: Counter[tuple[str, int]] = Counter()
         self._reissued = 0
         self._last_reason = ""
         self._waiting_since = clock()
@@ -115,7 +122,7 @@ class Dispatcher:
             ],
             "units_done": self._done,
             "units_reissued": self._reissued,
-            "units_queued": len(self._queue) + len(self._ahead),
+            "units_queued": len(self._pool),
             "quarantined": [mask.key for mask in self._quarantined],
         }
 
@@ -167,19 +174,14 @@ class Dispatcher:
                 for (b, key), answer in kept.items()
                 if b in self._open and key in wanted
             }
-            self._queue.clear()
-            self._ahead.clear()
-            order = [mask for _, mask in sorted(wanted.items())]
+            self._pool.clear()
+            sheet = Sheet(wanted.values())
             for b in (batch, *ahead):
-                missing = self._missing(b, order, out)
-                if missing:
-                    self._ahead.append(self._unit(text, b, missing))
-        now: list[Unit] = []
-        later: list[Unit] = []
-        for unit in self._ahead:
-            (now if unit.batch == batch else later).append(unit)
-        self._ahead = deque(later)
-        self._queue.extend(now)
+                missing = self._missing(b, sheet.masks, out)
+                if len(missing) == len(sheet.masks):
+                    self._pool.add(Run(b, sheet, 0, len(missing)))
+                elif missing:
+                    self._pool.add(Run.of(b, missing))
         self._waited = {key for key in wanted if (batch, key) not in self._found}
 
     def _missing(
@@ -188,15 +190,11 @@ class Dispatcher:
         """What is neither known nor being computed; for what is given up, the answer is ready."""
         missing = []
         for mask in order:
-            if mask in self._quarantined:
+            if self._quarantined and mask in self._quarantined:
                 self._found[batch, mask.key] = Answer((), self._quarantined[mask][0])
             elif (batch, mask.key) not in self._found and (batch, mask.key) not in out:
                 missing.append(mask)
         return tuple(missing)
-
-    def _unit(self, text: str, batch: int, masks: tuple[Mask, ...]) -> Unit:
-        self._numbers += 1
-        return Unit(self._numbers, text, batch, masks)
 
     def _outstanding(self) -> set[tuple[int, str]]:
         """What workers hold now of the current text."""
@@ -216,54 +214,102 @@ class Dispatcher:
                 self._waited.discard(mask.key)
 
     def _assign(self) -> None:
-        """Give the idle a unit, then everybody a second one, which is never a guess."""
-        for depth in range(QUEUED):
-            for name in list(self._hungry):
-                if not self._queue and not self._ahead:
+        """Give the idle a unit, then everybody a second one while whole batches are handed out.
+
+        From there on a queued unit could wait behind a slow one while another worker idles.
+        """
+        for depth, hungry in enumerate(self._hungry):
+            for name in list(hungry):
+                if not self._pool:
                     return
                 worker = self._workers[name]
-                if len(worker.held) != depth:
-                    continue
-                unit = self._take(worker, self._queue)
-                if unit is None and (depth == 0 or self._sure):
-                    unit = self._take(worker, self._ahead)
-                if unit is not None:
-                    self._submit(worker, unit)
+                run = self._choose(worker, depth)
+                if run is not None:
+                    self._submit(worker, self._pool.take(run, self._target(run)))
+                elif depth:
+                    break
 
-    def _take(self, worker: _Worker, queue: deque[Unit]) -> Unit | None:
-        """The next unit for a worker, cut off what is queued; None where others should try."""
-        for place, unit in enumerate(queue):
-            tried = self._tried.get(unit.number, set())
-            if worker.name in tried and not tried.issuperset(self._workers):
+    def _choose(self, worker: _Worker, depth: int) -> Run | None:
+        """What to give a worker that holds `depth` units; None where others should try.
+
+        First what is waited for, then what nobody failed with, then batches that the worker has
+        seen, for it has recorded the dense model's states there; of those the one with most left.
+        """
+        best: Run | None = None
+        rank = (False, False, False, 0)
+        for run in self._pool:
+            now = self._sure or run.batch == self._batch
+            if depth and not (now and worker.load.work + run.cost <= self._target(run)):
                 continue
-            size = self._grain()
-            if len(unit.masks) <= size or tried:
-                del queue[place]
-                return unit
-            queue[place] = self._unit(unit.text, unit.batch, unit.masks[size:])
-            return replace(unit, masks=unit.masks[:size])
-        return None
+            seen = (self._text, run.batch) in worker.seen
+            if run.tried:
+                found = (now, False, False, 0)
+            else:
+                found = (now, True, seen, run.cost if now else -run.batch)
+            if best is not None and found <= rank:
+                continue
+            if worker.name in run.tried and not run.tried.issuperset(self._workers):
+                continue
+            if seen or not self._better_left(run):
+                best, rank = run, found
+        return best
 
-    def _grain(self) -> int:
-        """How many masks the next unit may have, so that workers end together.
+    def _better_left(self, run: Run) -> bool:
+        """Whether to leave a run to those who have seen its batch: it costs less than to record it.
 
-        Guided self-scheduling (Polychronopoulos and Kuck, 1987): a fixed share of what is left, so
-        that units are whole batches, which share most, while there is much to do, and small at the
-        end. What a race may still end does not count as work that is left.
+        Somebody is busy then, so that it is looked at again.
+        """
+        record = len(run.sheet.masks[0])
+        return (
+            self._progress.busy > 0
+            and run.cost <= record + run.sheet.cost(run.start, run.start + 1)
+            and self._seers[self._text, run.batch] > 0
+        )
+
+    def _target(self, run: Run) -> float:
+        """What the next unit may cost, so that workers end together.
+
+        The share of a worker is the time until all would be done if work could be parted at will:
+        what is queued and what is left of the units being computed, over the workers. A unit is a
+        fixed part of that, as in guided self-scheduling (Polychronopoulos and Kuck, 1987): whole
+        batches, which share most, while there is much to do, and small at the end; but where no
+        more than two masks are a share, all of it, for to part them costs more than it evens out.
+        What a race may still end does not count as work that is left.
         """
         workers = len(self._workers)
         if workers <= 1:
-            return sum(len(unit.masks) for unit in (*self._queue, *self._ahead))
-        left = self._queue if self._queue and not self._sure else (*self._queue, *self._ahead)
-        return max(1, -(-sum(len(unit.masks) for unit in left) // (_GRAIN * workers)))
+            return math.inf
+        left = self._pool.cost
+        if not self._sure and run.batch == self._batch:
+            left = self._pool.cost_of(run.batch)
+        share = (left + self._progress.left(self._clock())) / workers
+        return max(share / _GRAIN, min(share, _SMALL * run.sheet.cost(run.start, run.start + 1)))
 
-    def _submit(self, worker: _Worker, unit: Unit) -> None:
+    def _submit(self, worker: _Worker, run: Run) -> None:
+        self._numbers += 1
+        unit = Unit(self._numbers, self._text, run.batch, run.masks, run.cost)
+        if run.tried:
+            self._tried[unit.number] = run.tried
         if not worker.held:
             worker.since = self._clock()
         worker.held.append(unit)
-        if len(worker.held) == QUEUED:
-            del self._hungry[worker.name]
+        if (unit.text, unit.batch) not in worker.seen:
+            worker.seen.add((unit.text, unit.batch))
+            self._seers[unit.text, unit.batch] += 1
+        self._place(worker)
         self._crew.submit(worker.name, unit)
+
+    def _place(self, worker: _Worker) -> None:
+        """Enter a worker where it belongs by what it holds."""
+        work = sum(unit.work for unit in worker.held)
+        load = Load(1, work, worker.since) if worker.held else Load()
+        self._progress.change(worker.load, load)
+        worker.load = load
+        for depth, hungry in enumerate(self._hungry):
+            if worker.ready and len(worker.held) == depth:
+                hungry[worker.name] = None
+            else:
+                hungry.pop(worker.name, None)
 
     @property
     def _patience(self) -> float:
@@ -282,7 +328,7 @@ class Dispatcher:
             return
         if isinstance(event, Joined):
             worker.ready = True
-            self._hungry[worker.name] = None
+            self._place(worker)
         elif isinstance(event, Lost):
             self._lose(worker, event.reason, Status.FAILED)
         else:
@@ -293,8 +339,8 @@ class Dispatcher:
         if unit is None:
             return
         worker.held.remove(unit)
-        self._hungry[worker.name] = None
         worker.since = self._clock()
+        self._place(worker)
         if isinstance(event, Failed):
             self._suspect(unit, worker.name, event.reason, Status.FAILED)
             return
@@ -302,6 +348,7 @@ class Dispatcher:
         worker.units += 1
         worker.busy_s += event.seconds
         self._done += 1
+        self._progress.finished(unit.work, event.seconds)
         self._tried.pop(unit.number, None)
         for mask, answer in zip(unit.masks, event.answers, strict=True):
             self._settle(unit, mask, answer)
@@ -309,7 +356,10 @@ class Dispatcher:
     def _lose(self, worker: _Worker, reason: str, status: Status) -> None:
         """Bury a worker: the unit it computed is suspect, the one queued behind is not."""
         del self._workers[worker.name]
-        self._hungry.pop(worker.name, None)
+        self._progress.change(worker.load, Load())
+        self._seers.subtract(worker.seen)
+        for hungry in self._hungry:
+            hungry.pop(worker.name, None)
         self._last_reason = reason
         place = self._places[worker.place]
         place.fruitless += 1
@@ -317,7 +367,7 @@ class Dispatcher:
             if position == 0:
                 self._suspect(unit, worker.name, reason, status)
             else:
-                self._reissue(unit, unit.masks, self._tried.pop(unit.number, set()))
+                self._reissue(unit, unit.masks, self._tried.pop(unit.number, frozenset()))
         if place.fruitless <= self._limits.restarts:
             self._start(worker.place)
 
@@ -333,7 +383,7 @@ class Dispatcher:
 
         One worker fails it twice where there is no other.
         """
-        tried = self._tried.pop(unit.number, set())
+        tried = self._tried.pop(unit.number, frozenset())
         if len(unit.masks) == 1:
             mask = unit.masks[0]
             alone = self._alone.setdefault(mask, [])
@@ -345,7 +395,7 @@ class Dispatcher:
         half = len(unit.masks) // 2 if tried else 0
         for masks in (unit.masks[:half], unit.masks[half:]):
             # Who had a mask in company may still have it alone.
-            found = set(self._alone.get(masks[0], ())) if len(masks) == 1 else tried | {worker}
+            found = self._alone.get(masks[0], ()) if len(masks) == 1 else tried | {worker}
             self._reissue(unit, masks, found)
 
     def _quarantine(self, mask: Mask, status: Status, reason: str) -> None:
@@ -355,14 +405,11 @@ class Dispatcher:
             for batch in self._open:
                 self._found.setdefault((batch, mask.key), Answer((), status))
             self._waited.discard(mask.key)
-        for queue in (self._queue, self._ahead):
-            left = [(unit, tuple(m for m in unit.masks if m != mask)) for unit in queue]
-            queue.clear()
-            queue.extend(replace(unit, masks=masks) for unit, masks in left if masks)
+        self._pool.discard(mask)
         for place in self._places:
             place.fruitless = 0
 
-    def _reissue(self, unit: Unit, masks: Sequence[Mask], tried: set[str]) -> None:
+    def _reissue(self, unit: Unit, masks: Sequence[Mask], tried: Iterable[str]) -> None:
         """Queue masks of a unit again, at the end, so that what is innocent is done before.
 
         What nobody waits for any more is not.
@@ -372,11 +419,8 @@ class Dispatcher:
         )
         if not wanted or unit.text != self._text or unit.batch not in self._open:
             return
-        again = self._unit(unit.text, unit.batch, wanted)
-        if tried:
-            self._tried[again.number] = tried
         self._reissued += 1
-        self._queue.append(again)
+        self._pool.add(Run.of(unit.batch, wanted, tried))
 
     def _end_overdue(self) -> None:
         now = self._clock()
