@@ -7,8 +7,9 @@ takes as long as its work, with a random spread. Nothing is sent anywhere and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -19,8 +20,10 @@ from depthsearch.evaluation.simulation import SimulatedCrew
 from depthsearch.space import Mask, Status
 
 BUSY = 0.95
+"""The share of their time that workers must compute to count as fed."""
+
 TOTAL = 0.8
-"""What a number of workers must reach to count as fed: of their time, and of all sharing too."""
+"""The share of the ideal speed-up that they must reach to count as fed, sharing included."""
 
 _TEXT = "text"
 _FASTEST = 0.05
@@ -118,16 +121,36 @@ def best_total(asks: Sequence[Ask], batches: int, workers: int) -> float:
     return alone / (workers * took)
 
 
-def workers_fed(enough: Callable[[int], bool], limit: int = 1024) -> int:
-    """The largest number of workers up to `limit` that is `enough`, to about 5 %."""
-    fed = 1
-    while fed < limit and enough(min(limit, 2 * fed)):
-        fed = min(limit, 2 * fed)
-    low, high = fed, min(limit, 2 * fed)
-    while high - low > max(1, low // 20):
-        middle = (low + high) // 2
-        low, high = (middle, high) if enough(middle) else (low, middle)
-    return low
+@dataclass(frozen=True)
+class Fed:
+    """How many workers a search can feed: the largest number up to which every number tried does.
+
+    `busy` for a busy share of at least `BUSY`, `total` for a total of at least `TOTAL`; 0 where not
+    even the smallest does. `tried` are the figures behind that.
+    """
+
+    busy: int
+    total: int
+    tried: tuple[Efficiency, ...]
+
+
+def workers_fed(
+    asks: Sequence[Ask],
+    batches: int,
+    counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    *,
+    spread: float = 0.2,
+    seed: int = 0,
+) -> Fed:
+    """How many workers of `counts`, ascending, a search of `asks` on `batches` batches can feed."""
+    tried = tuple(efficiency(asks, batches, n, spread=spread, seed=seed) for n in counts)
+    busy = takewhile(lambda found: found.busy >= BUSY, tried)
+    total = takewhile(lambda found: found.total >= TOTAL, tried)
+    return Fed(
+        max((found.workers for found in busy), default=0),
+        max((found.workers for found in total), default=0),
+        tried,
+    )
 
 
 def _least_work(sheet: Sheet, most: int) -> int:
