@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from depthsearch.space import Mask
@@ -80,11 +79,12 @@ class Sheet:
         return self._saved[last] - self._saved[first + 1] - lost
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Run:
     """Neighbours of a sheet that nobody computes yet, on one batch.
 
-    `tried` are the workers that failed with them; such a run is not cut.
+    `tried` are the workers that failed with them; such a run is not cut. `cost` are the sublayers
+    executed for it in one unit. Never changed; not frozen, because many are made for every ask.
     """
 
     batch: int
@@ -92,6 +92,10 @@ class Run:
     start: int
     stop: int
     tried: frozenset[str] = frozenset()
+    cost: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cost = self.sheet.cost(self.start, self.stop)
 
     @classmethod
     def of(cls, batch: int, masks: Sequence[Mask], tried: Iterable[str] = ()) -> Run:
@@ -102,11 +106,6 @@ class Run:
     def masks(self) -> tuple[Mask, ...]:
         """The masks, sorted by key."""
         return self.sheet.masks[self.start : self.stop]
-
-    @cached_property
-    def cost(self) -> int:
-        """Sublayers executed for it in one unit."""
-        return self.sheet.cost(self.start, self.stop)
 
 
 class Pool:

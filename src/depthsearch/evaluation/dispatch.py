@@ -36,6 +36,7 @@ QUEUED = 2
 _ALONE_TRIES = 2
 _GRAIN = 1.8
 _SMALL = 2
+_IDLE = Load()
 
 
 @dataclass
@@ -46,7 +47,7 @@ class _Worker:
     held: deque[Unit] = field(default_factory=deque)
     seen: set[tuple[str, int]] = field(default_factory=set)
     since: float = 0.0
-    load: Load = field(default_factory=Load)
+    load: Load = _IDLE
     units: int = 0
     busy_s: float = 0.0
 
@@ -242,15 +243,13 @@ class Dispatcher:
             if depth and not (now and worker.load.work + run.cost <= self._target(run)):
                 continue
             seen = (self._text, run.batch) in worker.seen
-            if run.tried:
-                found = (now, False, False, 0)
-            else:
-                found = (now, True, seen, run.cost if now else -run.batch)
+            fresh = not run.tried
+            found = (now, fresh, fresh and seen, fresh and (run.cost if now else -run.batch))
             if best is not None and found <= rank:
                 continue
             if worker.name in run.tried and not run.tried.issuperset(self._workers):
                 continue
-            if seen or not self._better_left(run):
+            if seen or run.tried or not self._better_left(run):
                 best, rank = run, found
         return best
 
@@ -301,8 +300,8 @@ class Dispatcher:
 
     def _place(self, worker: _Worker) -> None:
         """Enter a worker where it belongs by what it holds."""
-        work = sum(unit.work for unit in worker.held)
-        load = Load(1, work, worker.since) if worker.held else Load()
+        work = sum([unit.work for unit in worker.held])
+        load = Load(1, work, worker.since) if worker.held else _IDLE
         self._progress.change(worker.load, load)
         worker.load = load
         for depth, hungry in enumerate(self._hungry):
@@ -356,7 +355,7 @@ class Dispatcher:
     def _lose(self, worker: _Worker, reason: str, status: Status) -> None:
         """Bury a worker: the unit it computed is suspect, the one queued behind is not."""
         del self._workers[worker.name]
-        self._progress.change(worker.load, Load())
+        self._progress.change(worker.load, _IDLE)
         self._seers.subtract(worker.seen)
         for hungry in self._hungry:
             hungry.pop(worker.name, None)

@@ -5,11 +5,10 @@ Kept as sums, so that asking costs the same for one worker and for thousands.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """What a worker holds: `work` of its units, in sublayers, the first begun at `since`."""
 
     busy: int = 0
