@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthsearch.errors import ClusterError
-from depthsearch.evaluation.crew import Answer, Limits, Unit
+from depthsearch.evaluation.crew import Answer, Limits, Lost, Unit
 from depthsearch.evaluation.dispatch import QUEUED, Dispatcher
 from depthsearch.evaluation.simulation import SimulatedCrew
 from depthsearch.space import Mask, Status
@@ -103,8 +103,6 @@ def test_workers_that_never_come_up_end_in_a_clear_error() -> None:
         def start(self, worker: str) -> None:
             super().start(worker)
             self._events.clear()
-            from depthsearch.evaluation.crew import Lost
-
             self._later(1.0, Lost(worker, "no such file"))
 
     with pytest.raises(ClusterError, match=r"4 times in a row \(no such file\)"):
@@ -230,3 +228,15 @@ def test_no_mask_is_computed_twice_where_nobody_dies() -> None:
     crew = SimulatedCrew(30, evaluate, lambda unit, rng: float(rng.uniform(0.1, 3)))
     search(dispatcher(crew), masks(60), 7, sure=True)
     assert len(computed) == len(set(computed)) == 7 * 60
+
+
+def test_a_batch_is_not_recorded_again_for_less_than_that_costs() -> None:
+    crew = SimulatedCrew(8, loss, by_work, record_s=8.0)
+    found = dispatcher(crew, unit_timeout_s=1e9)
+    assert search(found, masks(3), 4, sure=True) == expected(masks(3), 4)
+    assert crew.recorded == 4
+    # Those who have seen it are gone: somebody else must.
+    for worker in list(crew._held)[:4]:
+        crew._later(0.0, Lost(worker, "killed"))
+    assert search(found, masks(5), 4, sure=True) == expected(masks(5), 4)
+    assert crew.recorded > 4

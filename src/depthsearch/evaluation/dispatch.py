@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from depthsearch.errors import ClusterError
+from depthsearch.evaluation.choosing import GRAIN, choose, target
 from depthsearch.evaluation.crew import (
     Answer,
     Crew,
@@ -34,8 +35,6 @@ QUEUED = 2
 """Units a worker holds at most: the one it computes and the next."""
 
 _ALONE_TRIES = 2
-_GRAIN = 1.8
-_SMALL = 2
 _IDLE = Load()
 
 
@@ -45,7 +44,7 @@ class _Worker:
     place: int
     ready: bool = False
     held: deque[Unit] = field(default_factory=deque)
-    seen: set[tuple[str, int]] = field(default_factory=set)
+    seen: dict[str, set[int]] = field(default_factory=dict)
     since: float = 0.0
     load: Load = _IDLE
     units: int = 0
@@ -93,7 +92,8 @@ class Dispatcher:
         self._numbers = 0
         self._done = 0
         self._progress = Progress()
-        self._seers: Counter[tuple[str, int]] = Counter()
+        self._seers: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self._refused: set[str] = set()
         self._reissued = 0
         self._last_reason = ""
         self._waiting_since = clock()
@@ -166,6 +166,7 @@ class Dispatcher:
         wanted = {mask.key: mask for mask in masks}
         same = text == self._text and sure == self._sure and wanted.keys() == self._masks.keys()
         self._sure, self._batch = sure, batch
+        self._refused.clear()
         if not (same and batch in self._open and self._open.issuperset(ahead)):
             out = self._outstanding() if text == self._text else set()
             kept = self._found if text == self._text else {}
@@ -219,70 +220,52 @@ class Dispatcher:
 
         From there on a queued unit could wait behind a slow one while another worker idles.
         """
+        if not self._progress.busy:
+            self._refused.clear()
         for depth, hungry in enumerate(self._hungry):
             for name in list(hungry):
                 if not self._pool:
                     return
+                if name in self._refused:
+                    continue
                 worker = self._workers[name]
                 run = self._choose(worker, depth)
                 if run is not None:
-                    self._submit(worker, self._pool.take(run, self._target(run)))
+                    self._submit(worker, self._pool.take(run, target(self._share(run.batch), run)))
                 elif depth:
-                    break
+                    return
+                else:
+                    self._refused.add(name)
 
     def _choose(self, worker: _Worker, depth: int) -> Run | None:
-        """What to give a worker that holds `depth` units; None where others should try.
-
-        First what is waited for, then what nobody failed with, then batches that the worker has
-        seen, for it has recorded the dense model's states there; of those the one with most left.
-        """
-        best: Run | None = None
-        rank = (False, False, False, 0)
-        for run in self._pool:
-            now = self._sure or run.batch == self._batch
-            if depth and not (now and worker.load.work + run.cost <= self._target(run)):
-                continue
-            seen = (self._text, run.batch) in worker.seen
-            fresh = not run.tried
-            found = (now, fresh, fresh and seen, fresh and (run.cost if now else -run.batch))
-            if best is not None and found <= rank:
-                continue
-            if worker.name in run.tried and not run.tried.issuperset(self._workers):
-                continue
-            if seen or run.tried or not self._better_left(run):
-                best, rank = run, found
-        return best
-
-    def _better_left(self, run: Run) -> bool:
-        """Whether to leave a run to those who have seen its batch: it costs less than to record it.
-
-        Somebody is busy then, so that it is looked at again.
-        """
-        record = len(run.sheet.masks[0])
-        return (
-            self._progress.busy > 0
-            and run.cost <= record + run.sheet.cost(run.start, run.start + 1)
-            and self._seers[self._text, run.batch] > 0
+        """What to give a worker that holds `depth` units; None where others should try."""
+        second: float | None = None
+        if depth:
+            share = self._share(self._batch)
+            if share <= worker.load.work:
+                return None
+            second = share / GRAIN - worker.load.work
+        return choose(
+            self._pool,
+            None if self._sure else self._batch,
+            worker.seen.get(self._text, ()),
+            self._seers[self._text] if self._progress.busy else {},
+            allowed=lambda run: worker.name not in run.tried or run.tried.issuperset(self._workers),
+            second=second,
         )
 
-    def _target(self, run: Run) -> float:
-        """What the next unit may cost, so that workers end together.
+    def _share(self, batch: int) -> float:
+        """What is queued and what is left of the units being computed, over the workers.
 
-        The share of a worker is the time until all would be done if work could be parted at will:
-        what is queued and what is left of the units being computed, over the workers. A unit is a
-        fixed part of that, as in guided self-scheduling (Polychronopoulos and Kuck, 1987): whole
-        batches, which share most, while there is much to do, and small at the end; but where no
-        more than two masks are a share, all of it, for to part them costs more than it evens out.
         What a race may still end does not count as work that is left.
         """
         workers = len(self._workers)
         if workers <= 1:
             return math.inf
         left = self._pool.cost
-        if not self._sure and run.batch == self._batch:
-            left = self._pool.cost_of(run.batch)
-        share = (left + self._progress.left(self._clock())) / workers
-        return max(share / _GRAIN, min(share, _SMALL * run.sheet.cost(run.start, run.start + 1)))
+        if not self._sure and batch == self._batch:
+            left = self._pool.cost_of(batch)
+        return (left + self._progress.left(self._clock())) / workers
 
     def _submit(self, worker: _Worker, run: Run) -> None:
         self._numbers += 1
@@ -292,9 +275,10 @@ class Dispatcher:
         if not worker.held:
             worker.since = self._clock()
         worker.held.append(unit)
-        if (unit.text, unit.batch) not in worker.seen:
-            worker.seen.add((unit.text, unit.batch))
-            self._seers[unit.text, unit.batch] += 1
+        seen = worker.seen.setdefault(unit.text, set())
+        if unit.batch not in seen:
+            seen.add(unit.batch)
+            self._seers[unit.text][unit.batch] += 1
         self._place(worker)
         self._crew.submit(worker.name, unit)
 
@@ -327,6 +311,7 @@ class Dispatcher:
             return
         if isinstance(event, Joined):
             worker.ready = True
+            self._refused.clear()
             self._place(worker)
         elif isinstance(event, Lost):
             self._lose(worker, event.reason, Status.FAILED)
@@ -356,7 +341,9 @@ class Dispatcher:
         """Bury a worker: the unit it computed is suspect, the one queued behind is not."""
         del self._workers[worker.name]
         self._progress.change(worker.load, _IDLE)
-        self._seers.subtract(worker.seen)
+        for text, seen in worker.seen.items():
+            self._seers[text].subtract(seen)
+        self._refused.clear()
         for hungry in self._hungry:
             hungry.pop(worker.name, None)
         self._last_reason = reason
@@ -420,6 +407,7 @@ class Dispatcher:
             return
         self._reissued += 1
         self._pool.add(Run.of(unit.batch, wanted, tried))
+        self._refused.clear()
 
     def _end_overdue(self) -> None:
         now = self._clock()
