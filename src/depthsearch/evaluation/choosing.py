@@ -5,6 +5,7 @@ A worker keeps the dense model's states of every batch that it has met, so it go
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 from depthsearch.evaluation.cutting import Pool, Run
@@ -13,6 +14,7 @@ GRAIN = 1.8
 """The part of a worker's share of what is left that a unit takes is one over this."""
 
 _SMALL = 2
+_WANTED, _FRESH, _KNOWN = 1 << 60, 1 << 50, 1 << 40
 
 
 def choose(
@@ -34,23 +36,28 @@ def choose(
     waited for and costs no more than that.
     """
     best: Run | None = None
-    rank = (False, False, False, 0)
+    most = -math.inf
     for run in pool:
         batch, cost = run.batch, run.cost
         now = wanted is None or batch == wanted
         if second is not None and (not now or cost > second):
             continue
         known = batch in seen
-        fresh = not run.tried
-        found = (now, fresh, fresh and known, fresh and (cost if now else -batch))
-        if best is not None and found <= rank:
+        # One number, because this is where a driver of many workers spends its time.
+        if run.tried:
+            value = _WANTED if now else 0
+        elif now:
+            value = _WANTED + _FRESH + (_KNOWN + cost if known else cost)
+        else:
+            value = _FRESH + (_KNOWN - batch if known else -batch)
+        if value <= most:
             continue
-        if fresh:
-            if not known and seers.get(batch, 0) and cost <= _record(run):
+        if run.tried:
+            if not allowed(run):
                 continue
-        elif not allowed(run):
+        elif not known and cost <= run.sheet.record and seers.get(batch, 0):
             continue
-        best, rank = run, found
+        best, most = run, value
     return best
 
 
@@ -63,8 +70,3 @@ def target(share: float, run: Run) -> float:
     more than two masks are a share, all of it, for to part them costs more than it evens out.
     """
     return max(share / GRAIN, min(share, _SMALL * run.sheet.cost(run.start, run.start + 1)))
-
-
-def _record(run: Run) -> int:
-    """What it costs to meet the batch of a run and compute its first mask."""
-    return len(run.sheet.masks[0]) + run.sheet.cost(run.start, run.start + 1)

@@ -24,13 +24,17 @@ _LONGEST = 1.2
 
 
 class Sheet:
-    """Distinct masks of one length, sorted by key, and the cost of every run `[start, stop)`."""
+    """Distinct masks of one length, sorted by key, and the cost of every run `[start, stop)`.
+
+    `record` is about what it costs to meet a batch, which takes a dense pass, and compute one mask.
+    """
 
     def __init__(self, masks: Iterable[Mask]) -> None:
         self.masks = tuple(sorted(masks, key=lambda mask: mask.key))
         bits = [int(mask.key, 2) for mask in self.masks]
         self.shared = [0] + [(a >> (a ^ b).bit_length()).bit_count() for a, b in pairwise(bits)]
         alone = [found.bit_count() + HEAD for found in bits]
+        self.record = len(self.masks[0]) + alone[0]
         own = (a - b for a, b in zip(alone, self.shared, strict=True))
         self._sums = [0, *accumulate(own)]
         self._saved = [0, *accumulate(self.shared)]

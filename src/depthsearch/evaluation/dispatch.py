@@ -166,7 +166,8 @@ class Dispatcher:
         wanted = {mask.key: mask for mask in masks}
         same = text == self._text and sure == self._sure and wanted.keys() == self._masks.keys()
         self._sure, self._batch = sure, batch
-        self._refused.clear()
+        if not (same and sure):
+            self._refused.clear()
         if not (same and batch in self._open and self._open.issuperset(ahead)):
             out = self._outstanding() if text == self._text else set()
             kept = self._found if text == self._text else {}
