@@ -2,10 +2,12 @@
 
     python benchmarks/dispatch.py [--out FILE]
 
-Workers are simulated and compute nothing, so the units a second are what the driver itself can
-handle. For the second part a unit takes as long as the sublayers it really executes (shared
-prefixes included) with a spread of 20 %, so splitting a set of masks costs what it costs. Prints
-one JSON document.
+Workers are simulated and compute nothing, so the units in a second of processor time are what the
+driver itself can handle. For the second part a unit takes as long as what it really executes
+(shared prefixes once, a head for every mask, the dense pass where a worker meets a batch) with a
+spread of 20 %. `busy` is the share of their time that workers compute, `sharing` the work of one
+worker over that of all, `total` their product: the speed-up over the number of workers. Prints one
+JSON document.
 """
 
 from __future__ import annotations
@@ -14,23 +16,31 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from depthsearch import __version__
-from depthsearch.evaluation import executed_sites
-from depthsearch.evaluation.crew import Answer, Limits, Unit
+from depthsearch.evaluation.crew import Answer
 from depthsearch.evaluation.dispatch import Dispatcher
+from depthsearch.evaluation.feeding import (
+    BUSY,
+    TOTAL,
+    Ask,
+    Efficiency,
+    best_total,
+    efficiency,
+    workers_fed,
+)
 from depthsearch.evaluation.simulation import SimulatedCrew
 from depthsearch.space import Mask, Status
 
 SITES = 60
 SPREAD = 0.2
+MOST = 256
 TEXT = "text"
 
 
@@ -39,46 +49,88 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    rng = np.random.default_rng(0)
-    searches = {
-        "32 offspring, 16 batches": ([offspring(rng, 32) for _ in range(4)], 16),
-        "32 offspring, 128 batches": ([offspring(rng, 32) for _ in range(4)], 128),
-        "a greedy step of 60, 128 batches": ([removals()], 128),
-        "256 offspring, 32 batches": ([offspring(rng, 256)], 32),
-    }
     result: dict[str, Any] = {
         "benchmark": "dispatch",
         "signature": {
             "depthsearch": __version__,
             "python": platform.python_version(),
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "protocol": f"{SITES} sites, unit times by executed sublayers with a spread of "
-            f"{100 * SPREAD:g} %, no race; efficiency is the work of one worker over the time of "
-            "all",
+            "protocol": f"{SITES} sites, a quarter dropped; unit times by executed sublayers, one "
+            "more for the head of every mask and a dense pass where a worker meets a batch, with a "
+            f"spread of {100 * SPREAD:g} %; raced: of 32 masks 4 stay to the end, the others "
+            "end after 4 batches and 6 more on average; fed: the largest number of 1, 2, 4 ... "
+            f"{MOST} up to which busy is at least {BUSY}, or total at least {TOTAL}",
             "seed": 0,
         },
-        "driver_units_per_s": {"64 workers": driver_rate(64), "256 workers": driver_rate(256)},
-        "efficiency": {
-            name: {
-                str(workers): round(efficiency(workers, asks, batches), 3)
-                for workers in (1, 4, 16, 64, 256)
-            }
-            for name, (asks, batches) in searches.items()
+        "driver_units_per_s": {
+            "64 workers, 512 masks, 20 batches": driver_rate(64, 512, 20),
+            "256 workers, 512 masks, 20 batches": driver_rate(256, 512, 20),
+            "256 workers, 32 masks, 512 batches": driver_rate(256, 32, 512),
         },
+        "searches": {},
     }
-    result["workers_fed"] = {
-        name: max(int(workers) for workers, share in found.items() if share >= 0.8)
-        for name, found in result["efficiency"].items()
-    }
+    for name, (asks, batches) in searches(np.random.default_rng(0)).items():
+        result["searches"][name] = figures(asks, batches)
+        print(name, file=sys.stderr, flush=True)
     text = json.dumps(result, indent=2)
     print(text)
     if chosen.out:
         chosen.out.write_text(text + "\n", encoding="utf-8")
 
 
-def removals() -> list[Mask]:
-    """Every single removal of the dense model."""
-    return [Mask.dropping(SITES, [site]) for site in range(SITES)]
+def searches(rng: np.random.Generator) -> dict[str, tuple[list[Ask], int]]:
+    """What searchers ask for, one after the other, and on how many batches."""
+
+    def evolution(asks: int, count: int) -> list[Ask]:
+        return [Ask(tuple(offspring(rng, count))) for _ in range(asks)]
+
+    return {
+        "8 x 32 offspring, 16 batches": (evolution(8, 32), 16),
+        "8 x 32 offspring, 128 batches": (evolution(8, 32), 128),
+        "20 x 32 offspring, 128 batches": (evolution(20, 32), 128),
+        "4 x 32 offspring, 512 batches": (evolution(4, 32), 512),
+        "4 x 256 offspring, 32 batches": (evolution(4, 256), 32),
+        "2 x 256 offspring, 128 batches": (evolution(2, 256), 128),
+        "1 greedy step of 60, 128 batches": (greedy(rng, 1), 128),
+        "8 greedy steps of 60 to 53, 128 batches": (greedy(rng, 8), 128),
+        "8 x 32 offspring, 128 batches, raced": ([raced(rng) for _ in range(8)], 128),
+    }
+
+
+def figures(asks: list[Ask], batches: int) -> dict[str, Any]:
+    """One search: what each number of workers reaches, and how many are fed."""
+    fed = workers_fed(asks, batches, spread=SPREAD)
+    still = efficiency(asks, batches, MOST, spread=0.0)
+    found: dict[str, Any] = {str(reached.workers): shares(reached) for reached in fed.tried}
+    found[f"{MOST} without spread"] = shares(still)
+    if all(ask.lasts is None for ask in asks):
+        found[f"{MOST} at best"] = {"total": round(best_total(asks, batches, MOST), 3)}
+    return {"workers": found, "fed": {"busy": fed.busy, "total": fed.total}}
+
+
+def shares(found: Efficiency) -> dict[str, float]:
+    """Both shares and their product, rounded."""
+    return {
+        "busy": round(found.busy, 3),
+        "sharing": round(found.sharing, 3),
+        "total": round(found.total, 3),
+    }
+
+
+def greedy(rng: np.random.Generator, steps: int) -> list[Ask]:
+    """Every single removal, then one of them taken at random, and so on."""
+    mask, asks = Mask.dense(SITES), []
+    for _ in range(steps):
+        asks.append(Ask(tuple(mask.without([site]) for site in mask.kept)))
+        mask = mask.without([int(rng.choice(mask.kept))])
+    return asks
+
+
+def raced(rng: np.random.Generator) -> Ask:
+    """Offspring of which most lose early."""
+    masks = offspring(rng, 32)
+    lasts = [4 + int(found) for found in rng.geometric(0.15, len(masks) - 4)]
+    return Ask(tuple(masks), (*lasts, *[sys.maxsize] * 4))
 
 
 def offspring(rng: np.random.Generator, count: int) -> list[Mask]:
@@ -98,40 +150,16 @@ def null(text: str, batch: int, mask: Mask) -> Answer:
     return Answer((0.0,), Status.OK)
 
 
-def driver_rate(workers: int) -> float:
-    """Units a second of real time, in a search whose units take no time to compute."""
-    asked = offspring(np.random.default_rng(1), 512)
+def driver_rate(workers: int, masks: int, batches: int) -> int:
+    """Units a second of processor time, in a search whose units take no time to compute."""
+    asked = offspring(np.random.default_rng(1), masks)
     crew = SimulatedCrew(workers, null)
     dispatcher = Dispatcher(crew, clock=crew.clock)
     dispatcher.start()
-    start = time.perf_counter()
-    for batch in range(20):
-        dispatcher.compute(TEXT, batch, asked, sure=True)
-    return round(crew.units / (time.perf_counter() - start))
-
-
-def efficiency(workers: int, asks: Sequence[Sequence[Mask]], batches: int) -> float:
-    """One worker's time for the whole search, over the summed time of `workers` of them."""
-
-    def seconds(unit: Unit, rng: np.random.Generator) -> float:
-        spread = max(0.05, 1 + SPREAD * float(rng.standard_normal()))
-        return executed(unit.masks) * spread
-
-    crew = SimulatedCrew(workers, null, seconds)
-    dispatcher = Dispatcher(crew, Limits(unit_timeout_s=1e12), clock=crew.clock)
-    dispatcher.start()
-    for asked in asks:
-        for batch in range(batches):
-            later = range(batch + 1, batches)
-            dispatcher.compute(TEXT, batch, asked, later, sure=True)
-    alone = sum(batches * executed(tuple(asked)) for asked in asks)
-    return alone / (workers * crew.now)
-
-
-@lru_cache(maxsize=4096)
-def executed(masks: tuple[Mask, ...]) -> int:
-    """Sublayers executed for these masks on one batch, shared prefixes once."""
-    return sum(executed_sites(masks))
+    start = time.process_time()
+    for batch in range(batches):
+        dispatcher.compute(TEXT, batch, asked, range(batch + 1, batches), sure=True)
+    return round(crew.units / (time.process_time() - start))
 
 
 if __name__ == "__main__":

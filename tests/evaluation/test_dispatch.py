@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthsearch.errors import ClusterError
-from depthsearch.evaluation.crew import Answer, Limits, Unit
+from depthsearch.evaluation.crew import Answer, Limits, Lost, Unit
 from depthsearch.evaluation.dispatch import QUEUED, Dispatcher
 from depthsearch.evaluation.simulation import SimulatedCrew
 from depthsearch.space import Mask, Status
@@ -103,8 +103,6 @@ def test_workers_that_never_come_up_end_in_a_clear_error() -> None:
         def start(self, worker: str) -> None:
             super().start(worker)
             self._events.clear()
-            from depthsearch.evaluation.crew import Lost
-
             self._later(1.0, Lost(worker, "no such file"))
 
     with pytest.raises(ClusterError, match=r"4 times in a row \(no such file\)"):
@@ -142,7 +140,7 @@ def test_no_worker_holds_more_than_one_unit_beside_its_own() -> None:
             super().submit(worker, unit)
             most = max(most, len(self._held[worker]))
 
-    search(dispatcher(Watching(3, loss)), masks(40), 5, sure=True)
+    search(dispatcher(Watching(3, loss)), masks(40), 15, sure=True)
     assert most == QUEUED == 2
 
 
@@ -187,3 +185,58 @@ def test_what_a_race_ends_is_not_computed_later() -> None:
 
     assert len(computed) == len(set(computed))
     assert sum(mask not in asked[:4] for batch, mask in computed if batch > 1) == 0
+
+
+def by_work(unit: Unit, rng: np.random.Generator) -> float:
+    return float(unit.work)
+
+
+def test_workers_go_on_with_batches_that_they_have_recorded() -> None:
+    crew = SimulatedCrew(4, loss, by_work, record_s=8.0)
+    found = dispatcher(crew, unit_timeout_s=1e9)
+    search(found, masks(40), 12, sure=True)
+    first = crew.recorded
+    assert 12 <= first <= 12 + 4
+    for count in (39, 38, 37):
+        search(found, masks(count), 12, sure=True)
+    # A batch that is parted at the end of an ask meets others; none is met by everybody.
+    assert crew.recorded <= 30
+
+
+def test_nothing_waits_behind_a_unit_while_a_worker_idles() -> None:
+    slow: list[float] = []
+
+    def seconds(unit: Unit, rng: np.random.Generator) -> float:
+        slow.append(unit.work * float(rng.choice([0.5, 1.5])))
+        return slow[-1]
+
+    crew = SimulatedCrew(16, loss, seconds)
+    search(dispatcher(crew, unit_timeout_s=1e9), masks(200), 16, sure=True)
+    idle = 16 * crew.now - crew.busy_s
+    # At the end everybody waits for one unit at most, and those are small then.
+    assert idle < 16 * max(slow) / 2
+    assert crew.busy_s / (16 * crew.now) > 0.9
+
+
+def test_no_mask_is_computed_twice_where_nobody_dies() -> None:
+    computed: list[tuple[int, Mask]] = []
+
+    def evaluate(text: str, batch: int, mask: Mask) -> Answer:
+        computed.append((batch, mask))
+        return loss(text, batch, mask)
+
+    crew = SimulatedCrew(30, evaluate, lambda unit, rng: float(rng.uniform(0.1, 3)))
+    search(dispatcher(crew), masks(60), 7, sure=True)
+    assert len(computed) == len(set(computed)) == 7 * 60
+
+
+def test_a_batch_is_not_recorded_again_for_less_than_that_costs() -> None:
+    crew = SimulatedCrew(8, loss, by_work, record_s=8.0)
+    found = dispatcher(crew, unit_timeout_s=1e9)
+    assert search(found, masks(3), 4, sure=True) == expected(masks(3), 4)
+    assert crew.recorded == 4
+    # Those who have seen it are gone: somebody else must.
+    for worker in list(crew._held)[:4]:
+        crew._later(0.0, Lost(worker, "killed"))
+    assert search(found, masks(5), 4, sure=True) == expected(masks(5), 4)
+    assert crew.recorded > 4

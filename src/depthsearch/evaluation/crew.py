@@ -14,12 +14,16 @@ from depthsearch.space import Mask, Status
 
 @dataclass(frozen=True)
 class Unit:
-    """Masks to evaluate on one batch of the text named `text`; `number` is never used twice."""
+    """Masks to evaluate on one batch of the text named `text`; `number` is never used twice.
+
+    `work` is about how much there is to do, in sublayers executed.
+    """
 
     number: int
     text: str
     batch: int
     masks: tuple[Mask, ...]
+    work: int = 0
 
 
 @dataclass(frozen=True)

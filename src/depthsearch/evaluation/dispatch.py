@@ -7,13 +7,15 @@ not depend on the unit it came in, so lost work is simply issued again, in other
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from depthsearch.errors import ClusterError
+from depthsearch.evaluation.choosing import GRAIN, choose, target
 from depthsearch.evaluation.crew import (
     Answer,
     Crew,
@@ -25,13 +27,15 @@ from depthsearch.evaluation.crew import (
     Lost,
     Unit,
 )
+from depthsearch.evaluation.cutting import Pool, Run, Sheet
+from depthsearch.evaluation.progress import Load, Progress
 from depthsearch.space import Mask, Status
 
 QUEUED = 2
 """Units a worker holds at most: the one it computes and the next."""
 
 _ALONE_TRIES = 2
-_GRAIN = 2
+_IDLE = Load()
 
 
 @dataclass
@@ -40,7 +44,9 @@ class _Worker:
     place: int
     ready: bool = False
     held: deque[Unit] = field(default_factory=deque)
+    seen: dict[str, set[int]] = field(default_factory=dict)
     since: float = 0.0
+    load: Load = _IDLE
     units: int = 0
     busy_s: float = 0.0
 
@@ -70,16 +76,15 @@ class Dispatcher:
         self._on_change = on_change or (lambda _: None)
         self._places: list[_Place] = []
         self._workers: dict[str, _Worker] = {}
-        self._queue: deque[Unit] = deque()
-        self._ahead: deque[Unit] = deque()
-        self._hungry: dict[str, None] = {}
+        self._pool = Pool()
+        self._hungry: tuple[dict[str, None], dict[str, None]] = ({}, {})
         self._found: dict[tuple[int, str], Answer] = {}
         self._text = ""
         self._masks: dict[str, Mask] = {}
         self._open: set[int] = set()
         self._batch = 0
         self._waited: set[str] = set()
-        self._tried: dict[int, set[str]] = {}
+        self._tried: dict[int, frozenset[str]] = {}
         self._alone: dict[Mask, list[str]] = {}
         self._sure = True
         self._least = 1
@@ -87,6 +92,9 @@ class Dispatcher:
         self._next_look = clock()
         self._numbers = 0
         self._done = 0
+        self._progress = Progress()
+        self._seers: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self._refused: set[str] = set()
         self._reissued = 0
         self._last_reason = ""
         self._waiting_since = clock()
@@ -121,7 +129,7 @@ class Dispatcher:
             ],
             "units_done": self._done,
             "units_reissued": self._reissued,
-            "units_queued": len(self._queue) + len(self._ahead),
+            "units_queued": len(self._pool),
             "quarantined": [mask.key for mask in self._quarantined],
         }
 
@@ -147,10 +155,9 @@ class Dispatcher:
         """The answers for `masks` on one batch, in their order.
 
         `ahead` are the batches that come next. Where they are `sure` to be wanted for all these
-        masks, work is spread over batches first, which shares most; where a race may end some of
-        them, the masks of this batch are split and later batches only fill idle workers. Units have
-        `least` masks or more while so many are left: for work that costs much to begin.
-        Raises ClusterError when no worker is left.
+        masks, work is spread over batches first; where a race may end some, the masks of this batch
+        are split and later batches only fill idle workers. Units have `least` masks or more while
+        so many are left. Raises ClusterError when no worker is left.
         """
         self._least = least
         self._want(text, batch, masks, ahead, sure)
@@ -173,6 +180,8 @@ class Dispatcher:
         wanted = {mask.key: mask for mask in masks}
         same = text == self._text and sure == self._sure and wanted.keys() == self._masks.keys()
         self._sure, self._batch = sure, batch
+        if not (same and sure):
+            self._refused.clear()
         if not (same and batch in self._open and self._open.issuperset(ahead)):
             out = self._outstanding() if text == self._text else set()
             kept = self._found if text == self._text else {}
@@ -182,19 +191,14 @@ class Dispatcher:
                 for (b, key), answer in kept.items()
                 if b in self._open and key in wanted
             }
-            self._queue.clear()
-            self._ahead.clear()
-            order = [mask for _, mask in sorted(wanted.items())]
+            self._pool.clear()
+            sheet = Sheet(wanted.values())
             for b in (batch, *ahead):
-                missing = self._missing(b, order, out)
-                if missing:
-                    self._ahead.append(self._unit(text, b, missing))
-        now: list[Unit] = []
-        later: list[Unit] = []
-        for unit in self._ahead:
-            (now if unit.batch == batch else later).append(unit)
-        self._ahead = deque(later)
-        self._queue.extend(now)
+                missing = self._missing(b, sheet.masks, out)
+                if len(missing) == len(sheet.masks):
+                    self._pool.add(Run(b, sheet, 0, len(missing)))
+                elif missing:
+                    self._pool.add(Run.of(b, missing))
         self._waited = {key for key in wanted if (batch, key) not in self._found}
 
     def _missing(
@@ -203,15 +207,11 @@ class Dispatcher:
         """What is neither known nor being computed; for what is given up, the answer is ready."""
         missing = []
         for mask in order:
-            if mask in self._quarantined:
+            if self._quarantined and mask in self._quarantined:
                 self._found[batch, mask.key] = Answer((), self._quarantined[mask][0])
             elif (batch, mask.key) not in self._found and (batch, mask.key) not in out:
                 missing.append(mask)
         return tuple(missing)
-
-    def _unit(self, text: str, batch: int, masks: tuple[Mask, ...]) -> Unit:
-        self._numbers += 1
-        return Unit(self._numbers, text, batch, masks)
 
     def _outstanding(self) -> set[tuple[int, str]]:
         """What workers hold now of the current text."""
@@ -231,54 +231,81 @@ class Dispatcher:
                 self._waited.discard(mask.key)
 
     def _assign(self) -> None:
-        """Give the idle a unit, then everybody a second one, which is never a guess."""
-        for depth in range(QUEUED):
-            for name in list(self._hungry):
-                if not self._queue and not self._ahead:
-                    return
-                worker = self._workers[name]
-                if len(worker.held) != depth:
-                    continue
-                unit = self._take(worker, self._queue)
-                if unit is None and (depth == 0 or self._sure):
-                    unit = self._take(worker, self._ahead)
-                if unit is not None:
-                    self._submit(worker, unit)
+        """Give the idle a unit, then everybody a second one while whole batches are handed out.
 
-    def _take(self, worker: _Worker, queue: deque[Unit]) -> Unit | None:
-        """The next unit for a worker, cut off what is queued; None where others should try."""
-        for place, unit in enumerate(queue):
-            tried = self._tried.get(unit.number, set())
-            if worker.name in tried and not tried.issuperset(self._workers):
-                continue
-            size = self._grain()
-            if len(unit.masks) <= size or tried:
-                del queue[place]
-                return unit
-            queue[place] = self._unit(unit.text, unit.batch, unit.masks[size:])
-            return replace(unit, masks=unit.masks[:size])
-        return None
-
-    def _grain(self) -> int:
-        """How many masks the next unit may have, so that workers end together.
-
-        Guided self-scheduling (Polychronopoulos and Kuck, 1987): a fixed share of what is left, so
-        that units are whole batches, which share most, while there is much to do, and small at the
-        end. What a race may still end does not count as work that is left.
+        From there on a queued unit could wait behind a slow one while another worker idles.
         """
+        if not self._progress.busy:
+            self._refused.clear()
+        for depth, hungry in enumerate(self._hungry):
+            for name in list(hungry):
+                if not self._pool:
+                    return
+                if name in self._refused:
+                    continue
+                worker = self._workers[name]
+                run = self._choose(worker, depth)
+                if run is not None:
+                    size = target(self._share(run.batch), run)
+                    self._submit(worker, self._pool.take(run, size, self._least))
+                elif depth:
+                    return
+                else:
+                    self._refused.add(name)
+
+    def _choose(self, worker: _Worker, depth: int) -> Run | None:
+        """What to give a worker that holds `depth` units; None where others should try."""
+        second: float | None = None
+        if depth:
+            share = self._share(self._batch)
+            if share <= worker.load.work:
+                return None
+            second = share / GRAIN - worker.load.work
+        return choose(
+            self._pool,
+            None if self._sure else self._batch,
+            worker.seen.get(self._text, ()),
+            self._seers[self._text] if self._progress.busy else {},
+            allowed=lambda run: worker.name not in run.tried or run.tried.issuperset(self._workers),
+            second=second,
+        )
+
+    def _share(self, batch: int) -> float:
+        """What is queued and being computed, less what a race may still end, over the workers."""
         workers = len(self._workers)
         if workers <= 1:
-            return sum(len(unit.masks) for unit in (*self._queue, *self._ahead))
-        left = self._queue if self._queue and not self._sure else (*self._queue, *self._ahead)
-        return max(self._least, -(-sum(len(unit.masks) for unit in left) // (_GRAIN * workers)))
+            return math.inf
+        left = self._pool.cost
+        if not self._sure and batch == self._batch:
+            left = self._pool.cost_of(batch)
+        return (left + self._progress.left(self._clock())) / workers
 
-    def _submit(self, worker: _Worker, unit: Unit) -> None:
+    def _submit(self, worker: _Worker, run: Run) -> None:
+        self._numbers += 1
+        unit = Unit(self._numbers, self._text, run.batch, run.masks, run.cost)
+        if run.tried:
+            self._tried[unit.number] = run.tried
         if not worker.held:
             worker.since = self._clock()
         worker.held.append(unit)
-        if len(worker.held) == QUEUED:
-            del self._hungry[worker.name]
+        seen = worker.seen.setdefault(unit.text, set())
+        if unit.batch not in seen:
+            seen.add(unit.batch)
+            self._seers[unit.text][unit.batch] += 1
+        self._place(worker)
         self._crew.submit(worker.name, unit)
+
+    def _place(self, worker: _Worker) -> None:
+        """Enter a worker where it belongs by what it holds."""
+        work = sum([unit.work for unit in worker.held])
+        load = Load(1, work, worker.since) if worker.held else _IDLE
+        self._progress.change(worker.load, load)
+        worker.load = load
+        for depth, hungry in enumerate(self._hungry):
+            if worker.ready and len(worker.held) == depth:
+                hungry[worker.name] = None
+            else:
+                hungry.pop(worker.name, None)
 
     @property
     def _patience(self) -> float:
@@ -297,7 +324,8 @@ class Dispatcher:
             return
         if isinstance(event, Joined):
             worker.ready = True
-            self._hungry[worker.name] = None
+            self._refused.clear()
+            self._place(worker)
         elif isinstance(event, Lost):
             self._lose(worker, event.reason, Status.FAILED)
         else:
@@ -308,8 +336,8 @@ class Dispatcher:
         if unit is None:
             return
         worker.held.remove(unit)
-        self._hungry[worker.name] = None
         worker.since = self._clock()
+        self._place(worker)
         if isinstance(event, Failed):
             self._suspect(unit, worker.name, event.reason, Status.FAILED)
             return
@@ -317,6 +345,7 @@ class Dispatcher:
         worker.units += 1
         worker.busy_s += event.seconds
         self._done += 1
+        self._progress.finished(unit.work, event.seconds)
         self._tried.pop(unit.number, None)
         for mask, answer in zip(unit.masks, event.answers, strict=True):
             self._settle(unit, mask, answer)
@@ -324,7 +353,12 @@ class Dispatcher:
     def _lose(self, worker: _Worker, reason: str, status: Status) -> None:
         """Bury a worker: the unit it computed is suspect, the one queued behind is not."""
         del self._workers[worker.name]
-        self._hungry.pop(worker.name, None)
+        self._progress.change(worker.load, _IDLE)
+        for text, seen in worker.seen.items():
+            self._seers[text].subtract(seen)
+        self._refused.clear()
+        for hungry in self._hungry:
+            hungry.pop(worker.name, None)
         self._last_reason = reason
         place = self._places[worker.place]
         place.fruitless += 1
@@ -332,7 +366,7 @@ class Dispatcher:
             if position == 0:
                 self._suspect(unit, worker.name, reason, status)
             else:
-                self._reissue(unit, unit.masks, self._tried.pop(unit.number, set()))
+                self._reissue(unit, unit.masks, self._tried.pop(unit.number, frozenset()))
         if place.fruitless <= self._limits.restarts:
             self._start(worker.place)
 
@@ -348,7 +382,7 @@ class Dispatcher:
 
         One worker fails it twice where there is no other.
         """
-        tried = self._tried.pop(unit.number, set())
+        tried = self._tried.pop(unit.number, frozenset())
         if len(unit.masks) == 1:
             mask = unit.masks[0]
             alone = self._alone.setdefault(mask, [])
@@ -360,7 +394,7 @@ class Dispatcher:
         half = len(unit.masks) // 2 if tried else 0
         for masks in (unit.masks[:half], unit.masks[half:]):
             # Who had a mask in company may still have it alone.
-            found = set(self._alone.get(masks[0], ())) if len(masks) == 1 else tried | {worker}
+            found = self._alone.get(masks[0], ()) if len(masks) == 1 else tried | {worker}
             self._reissue(unit, masks, found)
 
     def _quarantine(self, mask: Mask, status: Status, reason: str) -> None:
@@ -370,14 +404,11 @@ class Dispatcher:
             for batch in self._open:
                 self._found.setdefault((batch, mask.key), Answer((), status))
             self._waited.discard(mask.key)
-        for queue in (self._queue, self._ahead):
-            left = [(unit, tuple(m for m in unit.masks if m != mask)) for unit in queue]
-            queue.clear()
-            queue.extend(replace(unit, masks=masks) for unit, masks in left if masks)
+        self._pool.discard(mask)
         for place in self._places:
             place.fruitless = 0
 
-    def _reissue(self, unit: Unit, masks: Sequence[Mask], tried: set[str]) -> None:
+    def _reissue(self, unit: Unit, masks: Sequence[Mask], tried: Iterable[str]) -> None:
         """Queue masks of a unit again, at the end, so that what is innocent is done before.
 
         What nobody waits for any more is not.
@@ -387,11 +418,9 @@ class Dispatcher:
         )
         if not wanted or unit.text != self._text or unit.batch not in self._open:
             return
-        again = self._unit(unit.text, unit.batch, wanted)
-        if tried:
-            self._tried[again.number] = tried
         self._reissued += 1
-        self._queue.append(again)
+        self._pool.add(Run.of(unit.batch, wanted, tried))
+        self._refused.clear()
 
     def _end_overdue(self) -> None:
         now = self._clock()

@@ -24,7 +24,8 @@ class SimulatedCrew:
 
     `seconds(unit, rng)` is how long a unit takes, `evaluate(text, batch, mask)` what comes out, and
     `fate(worker, unit, rng)` what becomes of it: "done", "failed", "lost" or "hung". `now` is the
-    simulated clock; `busy_s` sums the time workers spent on units that were done.
+    simulated clock; `busy_s` sums the time workers spent on units that were done. The first unit on
+    a batch takes a worker `record_s` more, and `recorded` counts how often that was.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class SimulatedCrew:
         fate: Fate = lambda worker, unit, rng: "done",
         seed: int = 0,
         start_s: float = 0.0,
+        record_s: float = 0.0,
     ) -> None:
         self.capacity = workers
         self.now = 0.0
@@ -44,6 +46,8 @@ class SimulatedCrew:
         self._seconds = seconds
         self._fate = fate
         self._start_s = start_s
+        self._record_s = record_s
+        self._seen: set[tuple[str, str, int]] = set()
         self._rng = np.random.default_rng(seed)
         self._events: list[tuple[float, int, Event]] = []
         self._held: dict[str, deque[Unit]] = {}
@@ -52,6 +56,11 @@ class SimulatedCrew:
     def clock(self) -> float:
         """Simulated seconds since the start."""
         return self.now
+
+    @property
+    def recorded(self) -> int:
+        """How often a worker met a batch for the first time."""
+        return len(self._seen)
 
     def start(self, worker: str) -> None:
         """A worker that joins after `start_s`."""
@@ -94,6 +103,10 @@ class SimulatedCrew:
     def _begin(self, worker: str) -> None:
         unit = self._held[worker][0]
         seconds = self._seconds(unit, self._rng)
+        seen = (worker, unit.text, unit.batch)
+        if seen not in self._seen:
+            self._seen.add(seen)
+            seconds += self._record_s
         fate = self._fate(worker, unit, self._rng)
         if fate == "hung":
             return

@@ -1,0 +1,43 @@
+"""How far workers are with what they hold, from what was asked of them and the clock.
+
+Kept as sums, so that asking costs the same for one worker and for thousands.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Load(NamedTuple):
+    """What a worker holds: `work` of its units, in sublayers, the first begun at `since`."""
+
+    busy: int = 0
+    work: int = 0
+    since: float = 0.0
+
+
+class Progress:
+    """The loads of all workers, and how much work they do in a second."""
+
+    def __init__(self) -> None:
+        self.busy = 0
+        self._work = 0
+        self._since = 0.0
+        self._done_work = 0
+        self._done_s = 0.0
+
+    def change(self, old: Load, new: Load) -> None:
+        """A worker holds something else than before; an empty load is a worker with nothing."""
+        self.busy += new.busy - old.busy
+        self._work += new.work - old.work
+        self._since += new.since - old.since
+
+    def finished(self, work: int, seconds: float) -> None:
+        """A unit was computed in so many seconds."""
+        self._done_work += work
+        self._done_s += seconds
+
+    def left(self, now: float) -> float:
+        """About how much of what workers hold is still to do, in sublayers."""
+        pace = self._done_work / self._done_s if self._done_s > 0 else 0.0
+        return max(0.0, self._work - pace * (self.busy * now - self._since))
