@@ -97,6 +97,11 @@ def best_table(best: Mapping[str, Any]) -> Table:
     table = Table(title="Best mask", show_header=False)
     dense, cost = best["dense_cost"], best["cost"]
     table.add_row("found by", str(best["origin"]))
+    repair = best.get("repair")
+    if repair is not None:
+        sites, tokens = len(repair["sites"]), repair["fit_tokens"]
+        what = f"{sites} projections ({repair['kind']}), on {tokens:,} tokens"
+        table.add_row("refitted", what)
     table.add_row("dropped", dropped_text(best))
     table.add_row("budget", str(best["budget_text"]))
     table.add_row(

@@ -38,6 +38,8 @@ from depthsearch.space import Mask, Status
 
 pytestmark = pytest.mark.timeout(900)
 
+REPAIRED = "evolution on repaired masks"
+
 
 @pytest.fixture(scope="module")
 def cluster_of_one(workplace: Path) -> Iterator[Session]:
@@ -53,10 +55,13 @@ def cluster_of_one(workplace: Path) -> Iterator[Session]:
 
 
 def on_ray(workplace: Path, method: str = "evolution", **cluster: object) -> RunConfig:
-    settings = {"method": method, "max_evaluations": 20, "finalists": 2}
+    settings: dict[str, object] = {"method": method, "max_evaluations": 20, "finalists": 2}
+    if method == REPAIRED:
+        settings |= {"method": "evolution", "repair": "gap", "finish": "sequential"}
     return workplace_config(
         workplace,
         search=settings,
+        calibration={"fit_tokens": 128, "finals_fit_tokens": 256},
         cluster={"backend": "ray", "workers": 1, "num_cpus": 0.2, "threads": 1, **cluster},
     )
 
@@ -74,7 +79,7 @@ def crew_of(session: Session) -> RayCrew:
 def undisturbed(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every method's run in this process."""
     runs = {}
-    for method in SEARCHERS:
+    for method in (*SEARCHERS, REPAIRED):
         config = on_ray(workplace, method)
         config = config.model_copy(
             update={"cluster": config.cluster.model_copy(update={"backend": "in-process"})}

@@ -1,8 +1,9 @@
-"""Cut documents into token windows, in three splits that share no document.
+"""Cut documents into token windows, in splits that share no document.
 
 held-out    the same documents for every seed: what final figures are measured on
 select      drawn by the seed: the search compares masks on it
 finals      drawn by the seed: the search re-ranks its finalists on it
+fit         drawn by the seed: repairs are fitted on it, and nothing is judged
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ _DOCUMENTS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Splits:
-    """Token windows of three disjoint sets of documents, each `[n, window_tokens]` of int64."""
+    """Token windows of disjoint sets of documents, each `[n, window_tokens]` of int64."""
 
     select: Tensor
     finals: Tensor
     heldout: Tensor
+    fit: Tensor
     fingerprint: str
     window_tokens: int
 
@@ -45,21 +47,27 @@ def make_splits(
     heldout_tokens: int,
     heldout_fraction: float,
     seed: int,
+    fit_tokens: int = 0,
 ) -> Splits:
     """Tokenize as many documents as needed and pack each split into windows of one length.
 
     Repeated texts count once, so that none can stand on both sides of a split. A share
     `heldout_fraction` of the documents is held out, chosen independently of `seed`; the rest is
-    shuffled by `seed` and dealt first to `select`, then to `finals`. Within a split documents are
-    joined by the end-of-text token (by nothing where the tokenizer has none) and cut into
-    non-overlapping windows. Tokens which the tokenizer itself puts before a text, such as Gemma's
-    begin-of-text token, open every window. Each split has `tokens // window_tokens` windows; a
-    split asked for with 0 tokens is empty.
+    shuffled by `seed` and dealt first to `select`, then to `finals`, then to `fit`. Within a split
+    documents are joined by the end-of-text token (by nothing where the tokenizer has none) and cut
+    into non-overlapping windows. Tokens which the tokenizer itself puts before a text, such as
+    Gemma's begin-of-text token, open every window. Each split has `tokens // window_tokens`
+    windows; a split asked for with 0 tokens is empty.
 
     Raises DataError where the figures don't fit together or the text is too short.
     """
     prefix = opening_tokens(tokenizer)
-    asked = {"select": select_tokens, "finals": finals_tokens, "heldout": heldout_tokens}
+    asked = {
+        "select": select_tokens,
+        "finals": finals_tokens,
+        "heldout": heldout_tokens,
+        "fit": fit_tokens,
+    }
     if window_tokens < len(prefix) + 2:
         raise DataError(f"window_tokens is {window_tokens}; allowed: {len(prefix) + 2} or more")
     for name, tokens in asked.items():
@@ -84,12 +92,13 @@ def make_splits(
     packer = _Packer(tokenizer, prefix, window_tokens, documents.source)
     heldout, _ = packer.pack(held, heldout_tokens, "heldout")
     select, used = packer.pack(rest, select_tokens, "select")
-    finals, _ = packer.pack(rest[used:], finals_tokens, "finals")
+    finals, more = packer.pack(rest[used:], finals_tokens, "finals")
+    fit, _ = packer.pack(rest[used + more :], fit_tokens, "fit")
     digest = hashlib.sha256(f"window={window_tokens}".encode())
-    for windows in (select, finals, heldout):
+    for windows in (select, finals, heldout, *([fit] if len(fit) else [])):
         digest.update(len(windows).to_bytes(8, "little"))
         digest.update(windows.numpy().astype("<i8").tobytes())
-    return Splits(select, finals, heldout, digest.hexdigest(), window_tokens)
+    return Splits(select, finals, heldout, fit, digest.hexdigest(), window_tokens)
 
 
 def text_windows(documents: Documents, tokenizer: Any, window_tokens: int, tokens: int) -> Tensor:

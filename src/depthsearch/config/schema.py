@@ -46,6 +46,7 @@ def _frozen(value: object) -> object:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
 Tokens = Annotated[Whole, Field(ge=2)]
+Repair = Literal["none", "gap", "sequential"]
 
 
 def parse_amount(text: str, metric: str) -> int:
@@ -206,6 +207,10 @@ class CalibrationConfig(_Section):
     """tokens that candidates are compared on during the search"""
     finals_tokens: Tokens = 16384
     """fresh tokens that the finalists are ranked on again"""
+    fit_tokens: Tokens = 8192
+    """tokens that repairs are fitted on in the search; no mask is judged on them"""
+    finals_fit_tokens: Tokens = 32768
+    """tokens that the repairs of the finalists and of the result are fitted on"""
     heldout_tokens: Tokens = 16384
     """tokens that no decision sees, for the figures of the result"""
     batch_tokens: Tokens = 1024
@@ -215,7 +220,14 @@ class CalibrationConfig(_Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        for key in ("select_tokens", "finals_tokens", "heldout_tokens", "batch_tokens"):
+        for key in (
+            "select_tokens",
+            "finals_tokens",
+            "fit_tokens",
+            "finals_fit_tokens",
+            "heldout_tokens",
+            "batch_tokens",
+        ):
             if getattr(self, key) < self.window_tokens:
                 raise ValueError(
                     f"{key} is {getattr(self, key)}, less than one window of window_tokens = "
@@ -250,8 +262,18 @@ class SearchConfig(_Section):
     """stop judging a candidate once it can't win any more"""
     batch: Count | None = None
     """candidates asked for at once; the searcher's own choice when left out"""
+    repair: Repair = "none"
+    """what is refitted before a mask is judged: nothing; the output projection before each gap; or
+    also every one after the first gap"""
+    finish: Repair | None = None
+    """the same for the finalists and the result; left out: as in the search"""
     options: dict[str, Any] = {}
     """settings of the searcher itself"""
+
+    @property
+    def finished(self) -> Repair:
+        """How the finalists and the result are repaired."""
+        return self.repair if self.finish is None else self.finish
 
 
 class CompareConfig(_Section):

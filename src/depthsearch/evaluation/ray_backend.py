@@ -21,6 +21,7 @@ from depthsearch.evaluation.backend import UnitResult
 from depthsearch.evaluation.crew import Answer, Done, Event, Failed, Joined, Limits, Lost, Unit
 from depthsearch.evaluation.dispatch import Dispatcher
 from depthsearch.evaluation.inprocess import InProcess
+from depthsearch.evaluation.refitted import Refitted
 from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
 from depthsearch.model.packing import PackedModel
 from depthsearch.sources import one_line
@@ -211,7 +212,7 @@ class RayBackend:
     runs no unit.
     """
 
-    def __init__(self, cluster: Cluster, planner: InProcess, text: Text) -> None:
+    def __init__(self, cluster: Cluster, planner: InProcess | Refitted, text: Text) -> None:
         self._cluster = cluster
         self._planner = planner
         self._text = text

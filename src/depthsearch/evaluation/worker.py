@@ -18,8 +18,10 @@ import torch
 from depthsearch.calibration.objectives import OBJECTIVES
 from depthsearch.evaluation.crew import Answer
 from depthsearch.evaluation.inprocess import InProcess
+from depthsearch.evaluation.refitted import Refitted
 from depthsearch.evaluation.spread import share_answers, share_batches
 from depthsearch.evaluation.streamed import Streamed
+from depthsearch.evaluation.turns import Repair
 from depthsearch.model.anatomy import describe
 from depthsearch.model.load import checkpoint_folder, load_model, resolve_devices
 from depthsearch.model.packing import PackedModel, unpack
@@ -52,7 +54,10 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Text:
-    """Windows `[sequence, window]` with all that `InProcess` needs to judge masks on them."""
+    """Windows `[sequence, window]` with all that `InProcess` needs to judge masks on them.
+
+    With a `repair` masks are fitted on the windows `fit` first.
+    """
 
     name: str
     windows: Any
@@ -61,6 +66,8 @@ class Text:
     batch_tokens: int
     positions: float
     seed: int
+    fit: Any = None
+    repair: Repair = "none"
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class Worker:
                 source.trust_remote_code,
             ).model
         self._anatomy = describe(self._model)
-        self._texts: OrderedDict[str, InProcess | Streamed] = OrderedDict()
+        self._texts: OrderedDict[str, InProcess | Refitted | Streamed] = OrderedDict()
 
     def about(self) -> dict[str, Any]:
         """Where this worker runs."""
@@ -131,7 +138,7 @@ class Worker:
         unit = backend.run(batch, masks)
         return [Answer(*found) for found in zip(unit.losses, unit.statuses, strict=True)]
 
-    def _backend(self, text: Text) -> InProcess | Streamed:
+    def _backend(self, text: Text) -> InProcess | Refitted | Streamed:
         if text.name not in self._texts:
             while len(self._texts) >= _TEXTS_KEPT:
                 self._texts.popitem(last=False)
@@ -139,7 +146,7 @@ class Worker:
         self._texts.move_to_end(text.name)
         return self._texts[text.name]
 
-    def _made(self, text: Text) -> InProcess | Streamed:
+    def _made(self, text: Text) -> InProcess | Refitted | Streamed:
         what: dict[str, Any] = {
             "windows": torch.from_numpy(text.windows.copy()),
             "objective": OBJECTIVES[text.objective](),
@@ -150,4 +157,7 @@ class Worker:
         }
         if self._streamed is not None:
             return Streamed(self._streamed, **what, host_bytes=self._host_bytes)
-        return InProcess(self._model, self._anatomy, **what)
+        here = InProcess(self._model, self._anatomy, **what)
+        if text.repair == "none":
+            return here
+        return Refitted(here, torch.from_numpy(text.fit.copy()), text.repair)

@@ -35,7 +35,7 @@ class CardData:
     """What the run knows about the mask; everything is optional.
 
     `origin` is how the mask was found, `calibration` the text its loss was measured on, `command`
-    and `config` what to type to repeat the run.
+    and `config` what to type to repeat the run, `repair` which weights were refitted.
     """
 
     origin: str | None = None
@@ -45,6 +45,7 @@ class CardData:
     calibration: str | None = None
     command: str | None = None
     config: str | None = None
+    repair: Mapping[str, Any] | None = None
 
 
 def model_card(
@@ -82,6 +83,8 @@ def model_card(
     if repaired:
         parts.append("What remains was paired anew, numbers of the base model:")
         parts.append("\n".join(f"- {line}" for line in repaired))
+    if card.repair is not None:
+        parts += ["## What was refitted", _refitted(card)]
     if card.figures:
         parts += ["## Figures", _table(card.figures)]
     parts += ["## How it was made", _making(mask, card, check)]
@@ -193,11 +196,30 @@ def _making(mask: Mask, card: CardData, check: Verification | None) -> str:
     return "\n\n".join(lines)
 
 
+def _refitted(card: CardData) -> str:
+    assert card.repair is not None
+    sites: Mapping[str, Mapping[str, float]] = card.repair["sites"]
+    lines = [
+        f"The output projections of {len(sites)} sublayers (numbers of the base model) were "
+        "refitted by ridge least squares, so that the residual stream follows the base model's "
+        f"behind what was dropped; {card.repair['fit_tokens']:,} tokens of "
+        f"{card.calibration or 'the calibration text'} were used, none of which judged a mask. No "
+        "parameter was added."
+    ]
+    lines += [
+        f"- `{name}`: {100 * found['left']:.0f} % of the squared error left on tokens held back, "
+        f"ridge {found['ridge']:g}"
+        for name, found in sites.items()
+    ]
+    return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
 def _limits(card: CardData) -> str:
     text = card.calibration or "a small calibration text"
+    but = "" if card.repair is None else " but for those refitted, in closed form, on that text"
     return (
         f"The sublayers were chosen on {text}: other languages, domains and tasks may have lost "
         "more, and long generation and reasoning suffer before perplexity shows it. The weights "
-        "are the base model's own; the model was not trained after pruning. Whatever the base "
-        "model's card says about its risks and licence holds here too."
+        f"are the base model's own{but}; the model was not trained after pruning. Whatever the "
+        "base model's card says about its risks and licence holds here too."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from depthsearch.export.verify import Verification, verify_export
 from depthsearch.export.write import copy_licences, directory_bytes, small_model, write_model
 from depthsearch.model.anatomy import Anatomy
 from depthsearch.model.load import LoadedModel
+from depthsearch.model.repair import Patch, patched
 from depthsearch.space import Mask
 
 _PAPERS_BYTES = 32_000_000
@@ -53,13 +54,15 @@ def export(
     check: bool = True,
     tokens: Tensor | None = None,
     measure: Measure | None = None,
+    patches: Sequence[Patch] = (),
 ) -> ExportResult:
     """Write the small model to the new directory `out`, checked against the masked model.
 
     The directory appears only when complete; its last file is depthsearch.json. `overwrite`
     replaces an earlier export. `tokens` `[batch, seq]` are the ids for the check, random ones by
     default. An export that fails its check is kept as `<out>.failed`. `measure` is called with the
-    checked checkpoint before its card is written, and adds its figures to the card's.
+    checked checkpoint before its card is written, and adds its figures to the card's. `patches` are
+    refitted weights that take the place of the old ones.
 
     Raises ExportError for a mask or model that has no native form, for a target that exists, and
     for a failed check; StorageError for a full disk.
@@ -69,14 +72,16 @@ def export(
     check_target(out, overwrite)
     if out.exists() and Path(loaded.source).expanduser().resolve() == out.resolve():
         raise ExportError(f"{out} is the base model itself: choose another name")
-    small = small_model(loaded, anatomy, plan)
+    with patched(loaded.model, anatomy, patches):
+        small = small_model(loaded, anatomy, plan)
     parameters = _parameters(small)
     require_room(out, _weight_bytes(small) + _PAPERS_BYTES)
     with staged(out, overwrite) as directory:
         write_model(small, loaded, directory, max_shard_bytes)
         verification = None
         if check:
-            verification = _checked(loaded, anatomy, mask, directory, out, tokens)
+            with patched(loaded.model, anatomy, patches):
+                verification = _checked(loaded, anatomy, mask, directory, out, tokens)
         copy_licences(loaded, directory)
         if measure is not None:
             card = replace(card, figures=(*card.figures, *measure(directory)))
@@ -137,6 +142,7 @@ def _manifest(
         "dense_parameters": parameters[0],
         "budget": None if card.budget is None else card.budget.to_json(),
         "origin": card.origin,
+        "repair": None if card.repair is None else dict(card.repair),
         "signature": dict(card.signature),
         "verification": None if verification is None else verification.to_json(),
     }

@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from depthsearch import __version__
 from depthsearch.config import CompareConfig, RunConfig, SearchConfig, load_config, resolved_yaml
 from depthsearch.errors import ConfigError, NothingFoundError, RunDirectoryError
 from depthsearch.journal import read_journal
+from depthsearch.model.patches import load_patches
+from depthsearch.model.repair import patched
 from depthsearch.run.directory import (
     ARMS,
     BEST,
     COMPARE,
     CONFIG,
     JOURNAL,
+    REPAIR,
     create_directory,
     read_json,
     write_json,
@@ -32,6 +36,7 @@ from depthsearch.run.search import Finish, resume, search
 from depthsearch.run.session import Session, check_search, opened
 from depthsearch.run.statistics import bootstrap_interval, paired_difference
 from depthsearch.run.verdict import verdict
+from depthsearch.run.workers import check_repair
 from depthsearch.space import Mask
 
 OnHeldout = Callable[[int, int], None]
@@ -62,6 +67,7 @@ def compare(
         )
     for settings in config.compare.arms.values():
         check_search(settings)
+        check_repair(config, settings)
     _check_out(config, out)
     with opened(config, session) as session:
         return _compare(config, out, session, on_arm, on_heldout, finish)
@@ -111,7 +117,7 @@ def _compare(
     if not complete:
         raise NothingFoundError(f"no arm finished with every seed; the first: {failed[0]['error']}")
     entries = [entry for entry in entries if entry["name"] in complete]
-    result = _summary(session, config, entries, on_heldout) | {"failed": failed}
+    result = _summary(session, config, out, entries, on_heldout) | {"failed": failed}
     write_json(out / COMPARE, result)
     return result
 
@@ -215,6 +221,7 @@ def _entry(arm: str, chosen: SearchConfig, run: Path) -> dict[str, Any]:
         "seconds": round(_busy_seconds(records), 1),
         "select_loss": best["loss"],
         "finals_loss": best["finals_loss"],
+        "repair": best.get("repair"),
         "anytime": curve,
     }
 
@@ -227,6 +234,7 @@ def _busy_seconds(records: Sequence[Mapping[str, Any]]) -> float:
 def _summary(
     session: Session,
     config: RunConfig,
+    out: Path,
     entries: list[dict[str, Any]],
     on_heldout: OnHeldout | None,
 ) -> dict[str, Any]:
@@ -234,17 +242,17 @@ def _summary(
     seeds = config.compare.seeds
     splits = session.splits(seeds[0])
     masks = list(dict.fromkeys([session.space.dense.key, *(e["mask"] for e in entries)]))
-    judge = session.judge(splits.heldout)
-    kl, ce = judge.figures([Mask.from_key(key) for key in masks], on_heldout)
-    kl_of = dict(zip(masks, kl.tolist(), strict=True))
-    ce_of = dict(zip(masks, ce.tolist(), strict=True))
+    kl_of, ce_of = _heldout(session, splits.heldout, out, masks, entries, on_heldout)
     for entry in entries:
+        kl, ce = (found.get(entry["run"], found[entry["mask"]]) for found in (kl_of, ce_of))
         entry |= {
-            "heldout_kl": _mean(kl_of[entry["mask"]]),
-            "heldout_kl_stderr": _stderr(kl_of[entry["mask"]]),
-            "heldout_ce": _mean(ce_of[entry["mask"]]),
-            "heldout_ce_stderr": _stderr(ce_of[entry["mask"]]),
-            "heldout_losses": kl_of[entry["mask"]],
+            "heldout_kl": _mean(kl),
+            "heldout_kl_stderr": _stderr(kl),
+            "heldout_ce": _mean(ce),
+            "heldout_ce_stderr": _stderr(ce),
+            "heldout_losses": kl,
+            "cut_kl": _mean(kl_of[entry["mask"]]),
+            "cut_ce": _mean(ce_of[entry["mask"]]),
         }
     rng = np.random.default_rng(0)
     by_arm = {
@@ -306,6 +314,39 @@ def _summary(
         "verdict": verdict(summary, pairs),
         "sites": [site.name for site in session.space.sites],
     }
+
+
+def _heldout(
+    session: Session,
+    windows: Tensor,
+    out: Path,
+    masks: Sequence[str],
+    entries: Sequence[Mapping[str, Any]],
+    on_heldout: OnHeldout | None,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """KL and cross-entropy by sequence: by mask as cut, and by run where that is repaired."""
+    judge = session.judge(windows)
+    batches = len(judge.sequences)
+    repaired = [entry for entry in entries if entry["repair"] is not None]
+    total = batches * (1 + len(repaired))
+
+    def follow(done: int) -> OnHeldout | None:
+        if on_heldout is None:
+            return None
+        return lambda batch, _: on_heldout(done * batches + batch, total)
+
+    kl, ce = judge.figures([Mask.from_key(key) for key in masks], follow(0))
+    kl_of = dict(zip(masks, kl.tolist(), strict=True))
+    ce_of = dict(zip(masks, ce.tolist(), strict=True))
+    for done, entry in enumerate(repaired):
+        mask = Mask.from_key(entry["mask"])
+        patches = load_patches(
+            out / entry["run"] / REPAIR, session.anatomy, mask, entry["repair"]["sha256"]
+        )
+        with patched(session.loaded.model, session.anatomy, patches):
+            kl, ce = judge.figures([mask], follow(done + 1))
+        kl_of[entry["run"]], ce_of[entry["run"]] = kl[0].tolist(), ce[0].tolist()
+    return kl_of, ce_of
 
 
 def _mean(values: Sequence[float]) -> float:

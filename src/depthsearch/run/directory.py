@@ -15,6 +15,8 @@ from depthsearch.errors import RunDirectoryError, StorageError
 CONFIG = "config.yaml"
 JOURNAL = "journal.jsonl"
 BEST = "best.json"
+REPAIR = "repair.safetensors"
+"""The refitted weights of the best mask, where the search repairs."""
 REPORT = "report.html"
 WORKERS = "workers.json"
 """Where the workers of a cluster stand; for watchers, and no part of the result."""

@@ -15,6 +15,8 @@ from depthsearch.calibration.windows import text_windows
 from depthsearch.errors import RunDirectoryError
 from depthsearch.export import CardData, ExportResult, Figure, export
 from depthsearch.model.load import LoadedModel, load_model
+from depthsearch.model.patches import load_patches
+from depthsearch.model.repair import Patch
 from depthsearch.quality import (
     Perplexity,
     Size,
@@ -24,7 +26,7 @@ from depthsearch.quality import (
     peak_memory,
     perplexity,
 )
-from depthsearch.run.directory import BEST, read_json, write_json
+from depthsearch.run.directory import BEST, REPAIR, read_json, write_json
 from depthsearch.run.search import run_config, shareable_config
 from depthsearch.run.session import Session
 from depthsearch.space import Budget, Mask
@@ -66,6 +68,10 @@ def export_run(
         )
     mask = Mask.from_key(best["mask"])
     splits = session.splits(config.search.seed)
+    repair = best.get("repair")
+    patches: tuple[Patch, ...] = ()
+    if repair is not None:
+        patches = load_patches(run / REPAIR, session.anatomy, mask, repair["sha256"])
     rows: list[dict[str, Any]] = []
 
     def figures(directory: Path) -> tuple[Figure, ...]:
@@ -90,6 +96,7 @@ def export_run(
         origin=best["origin"],
         budget=Budget.from_json(best["budget"]),
         signature=best["signature"],
+        repair=repair,
         calibration=session.documents_name,
         command="depthsearch search config.yaml --out run && depthsearch export run model",
         config=yaml.safe_dump(shareable_config(session), sort_keys=False, allow_unicode=True),
@@ -106,6 +113,7 @@ def export_run(
         if splits.window_tokens >= _CHECK_TOKENS
         else None,
         measure=figures,
+        patches=patches,
     )
     summary = {
         "version": __version__,
@@ -116,6 +124,7 @@ def export_run(
         "disk_bytes": result.disk_bytes,
         "verification": None if result.verification is None else result.verification.to_json(),
         "signature": best["signature"],
+        "repair": repair,
         "rows": rows,
     }
     write_json(run / EXPORT, summary)

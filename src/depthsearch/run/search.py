@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthsearch import __version__
+from depthsearch.calibration.windows import Splits
 from depthsearch.config import RunConfig, load_config, resolved_yaml
 from depthsearch.errors import RunDirectoryError, StorageError
 from depthsearch.journal import Journal
+from depthsearch.model.patches import save_patches
 from depthsearch.run.directory import (
     BEST,
     CONFIG,
     JOURNAL,
+    REPAIR,
     WORKERS,
     create_directory,
     write_json,
@@ -25,6 +28,7 @@ from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, chec
 from depthsearch.run.session import Session, best_json, opened
 from depthsearch.run.tracking import Tracker, open_tracker, tracked
 from depthsearch.searchers import check_storage
+from depthsearch.space import Mask
 
 if TYPE_CHECKING:
     from depthsearch.evaluation.ray_metrics import Metrics
@@ -61,7 +65,7 @@ def _check(session: Session) -> None:
     """Refuse what would only fail later, before anything is created; raises InputError."""
     search = session.config.search
     splits = session.splits(search.seed)
-    select, finals = (session.backend(w, search.seed) for w in (splits.select, splits.finals))
+    select, finals = session.backends(splits, search.seed)
     check_cost(session.plan(), session.space, select, finals)
     check_storage(search.method, search.options)
 
@@ -107,7 +111,7 @@ def _continue(
     splits = session.splits(seed)
     signature = session.signature(splits, seed)
     with Journal(out / JOURNAL) as journal, tracked(tracker, out) as on_record:
-        select, finals = (session.backend(w, seed) for w in (splits.select, splits.finals))
+        select, finals = session.backends(splits, seed)
         metrics = session.metrics(out.absolute().name)
         session.tell_workers_to(partial(_tell_state, out / WORKERS, metrics))
         loop = SearchLoop(
@@ -121,8 +125,28 @@ def _continue(
         outcome = loop.run(_start(session, signature))
         if finish is not None:
             finish(out)
-        write_json(out / BEST, best_json(session, outcome, seed, signature))
+        repair = _repair(session, out, outcome.best, splits)
+        write_json(out / BEST, best_json(session, outcome, seed, signature) | {"repair": repair})
     return outcome
+
+
+def _repair(session: Session, out: Path, mask: Mask, splits: Splits) -> dict[str, Any] | None:
+    """Write the refitted weights of the result, and describe them; None without a repair."""
+    search, calibration = session.config.search, session.config.calibration
+    if search.finished == "none":
+        return None
+    patches = session.repair(mask, splits, search.seed)
+    return {
+        "kind": search.finished,
+        "fit_tokens": calibration.finals_fit_tokens
+        // calibration.window_tokens
+        * calibration.window_tokens,
+        "sites": {
+            session.anatomy.sites[patch.site].name: {"ridge": patch.ridge, "left": patch.left}
+            for patch in patches
+        },
+        "sha256": save_patches(out / REPAIR, patches, session.anatomy, mask),
+    }
 
 
 def _tell_state(path: Path, metrics: Metrics | None, state: dict[str, Any]) -> None:

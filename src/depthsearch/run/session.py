@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,9 @@ from depthsearch.calibration.objectives import OBJECTIVES, KLDivergence, Objecti
 from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.calibration.windows import Splits, make_splits
 from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
-from depthsearch.errors import ConfigError, MaskError
-from depthsearch.evaluation import Backend, InProcess, Streamed
-from depthsearch.evaluation.ray_environment import stay_local
+from depthsearch.errors import MaskError
+from depthsearch.evaluation import Backend, InProcess, Refitted, Streamed
+from depthsearch.evaluation.turns import Repair
 from depthsearch.model.anatomy import Anatomy, describe
 from depthsearch.model.costs import cost_table
 from depthsearch.model.load import (
@@ -32,29 +31,24 @@ from depthsearch.model.load import (
     load_model,
     load_tokenizer,
 )
+from depthsearch.model.repair import Patch
 from depthsearch.model.selfcheck import SelfCheck, self_check
 from depthsearch.model.streaming import StreamedModel
 from depthsearch.run.loop import Outcome, Plan
+from depthsearch.run.workers import (
+    Workers,
+    check_cluster,
+    check_repair,
+    computing_device,
+    host_bytes,
+    threads_of,
+)
 from depthsearch.searchers import check_options
 from depthsearch.sources import is_path
-from depthsearch.space import Budget, SearchSpace, Site, mask_from_names
+from depthsearch.space import Budget, Mask, SearchSpace, Site, mask_from_names
 
 if TYPE_CHECKING:
-    from depthsearch.evaluation.ray_backend import Cluster
     from depthsearch.evaluation.ray_metrics import Metrics
-
-
-class Workers:
-    """The workers of a session, started when they are first needed, one set for all its runs."""
-
-    def __init__(self) -> None:
-        self.cluster: Cluster | None = None
-
-    def close(self) -> None:
-        """End them; does nothing where there are none."""
-        if self.cluster is not None:
-            self.cluster.close()
-        self.cluster = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +68,9 @@ class Session:
     def open(cls, config: RunConfig) -> Session:
         """Load and check everything; raises InputError of the part that is wrong."""
         check_search(config.search)
-        _check_cluster(config)
-        threads = _threads(config)
+        check_cluster(config)
+        check_repair(config, config.search)
+        threads = threads_of(config)
         if threads is not None:
             torch.set_num_threads(threads)
         documents = load_documents(
@@ -106,36 +101,92 @@ class Session:
             calibration.heldout_tokens,
             calibration.heldout_fraction,
             seed,
+            self._fit_tokens,
         )
 
     def close(self) -> None:
         """End the workers, if any."""
         self.workers.close()
 
-    def backend(self, windows: torch.Tensor, seed: int) -> Backend:
-        """The configured backend for the configured objective on `windows`."""
+    @property
+    def _fit_tokens(self) -> int:
+        """How much text repairs take, 0 where nothing is repaired."""
+        search, calibration = self.config.search, self.config.calibration
+        wanted = (
+            (search.repair, calibration.fit_tokens),
+            (search.finished, calibration.finals_fit_tokens),
+        )
+        return max(tokens if repair != "none" else 0 for repair, tokens in wanted)
+
+    def backends(self, splits: Splits, seed: int) -> tuple[Backend, Backend]:
+        """What judges masks in the search, and what judges its finalists."""
+        search = self.config.search
+        return (
+            self.backend(
+                splits.select, seed, search.repair, self._fit_windows(splits, final=False)
+            ),
+            self.backend(
+                splits.finals, seed, search.finished, self._fit_windows(splits, final=True)
+            ),
+        )
+
+    def repair(self, mask: Mask, splits: Splits, seed: int) -> tuple[Patch, ...]:
+        """The refitted projections of the result, none where it is not repaired."""
+        kind = self.config.search.finished
+        if kind == "none":
+            return ()
+        here = self._here(splits.finals, KLDivergence(), self.config.objective.positions, seed)
+        assert isinstance(here, InProcess)
+        return Refitted(here, self._fit_windows(splits, final=True), kind).repair(mask)
+
+    def backend(
+        self,
+        windows: torch.Tensor,
+        seed: int,
+        repair: Repair = "none",
+        fit: torch.Tensor | None = None,
+    ) -> Backend:
+        """The configured backend for the configured objective on `windows`.
+
+        With a `repair` masks are fitted on the windows `fit` first.
+        """
         objective = self.config.objective
-        here = self._here(windows, OBJECTIVES[objective.kind](), objective.positions, seed)
+        here: InProcess | Refitted | Streamed = self._here(
+            windows, OBJECTIVES[objective.kind](), objective.positions, seed
+        )
+        if repair != "none" and isinstance(here, InProcess):
+            assert fit is not None
+            here = Refitted(here, fit, repair)
         if self.config.cluster.backend == "in-process":
             return here
         from depthsearch.evaluation.ray_backend import RayBackend
         from depthsearch.evaluation.spread import SpreadStreamed
         from depthsearch.evaluation.worker import Text
 
+        digest = hashlib.sha256(windows.numpy().tobytes())
+        if repair != "none" and fit is not None:
+            digest.update(repair.encode() + fit.numpy().tobytes())
         text = Text(
-            name=hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16] + f"-{seed}",
+            name=f"{digest.hexdigest()[:16]}-{seed}",
             windows=windows.numpy(),
             objective=objective.kind,
             mode=str(self.check.mode),
             batch_tokens=self.config.calibration.batch_tokens,
             positions=objective.positions,
             seed=seed,
+            fit=None if fit is None or repair == "none" else fit.numpy(),
+            repair=repair,
         )
-        cluster = self._cluster()
+        cluster = self.workers.start(self.config, self.loaded)
         if isinstance(here, Streamed):
             cluster.crew.add_text(text)
             return SpreadStreamed(cluster.dispatcher, here, text.name)
         return RayBackend(cluster, here, text)
+
+    def _fit_windows(self, splits: Splits, *, final: bool) -> torch.Tensor:
+        calibration = self.config.calibration
+        tokens = calibration.finals_fit_tokens if final else calibration.fit_tokens
+        return splits.fit[: tokens // calibration.window_tokens]
 
     def tell_workers_to(self, on_state: Callable[[dict[str, Any]], None]) -> None:
         """Have the state of the workers told from now on, if there are any."""
@@ -149,58 +200,6 @@ class Session:
         from depthsearch.evaluation.ray_metrics import Metrics
 
         return Metrics(run)
-
-    def _cluster(self) -> Cluster:
-        """The workers, started now where they are not yet."""
-        from depthsearch.evaluation.crew import Limits
-        from depthsearch.evaluation.ray_backend import Cluster, RayCrew, RaySettings
-        from depthsearch.evaluation.worker import ModelSource
-        from depthsearch.model.packing import pack
-
-        cluster, model = self.config.cluster, self.config.model
-        if self.workers.cluster is None:
-            settings = RaySettings(
-                cluster.address,
-                cluster.workers,
-                cluster.num_cpus,
-                cluster.num_gpus,
-                cluster.resources,
-                Limits(cluster.unit_timeout_s, cluster.start_timeout_s, cluster.restarts),
-            )
-            source = ModelSource(
-                str(Path(model.path).expanduser().absolute())
-                if is_path(model.path)
-                else model.path,
-                str(self.loaded.dtype).removeprefix("torch."),
-                self._worker_devices,
-                model.revision,
-                model.trust_remote_code,
-                torch.get_num_threads(),
-                model.streamed,
-                self._host_bytes,
-            )
-            packed = pack(self.loaded.model) if cluster.weights == "store" else None
-            self.workers.cluster = Cluster(RayCrew(settings, source, packed))
-        return self.workers.cluster
-
-    @property
-    def _computing_device(self) -> str:
-        """Where losses are computed: the kind, since the number of GPUs changes none."""
-        on_gpu = self.config.cluster.backend == "ray" and self.config.cluster.num_gpus > 0
-        return "cuda" if on_gpu else str(self.loaded.device)
-
-    @property
-    def _worker_devices(self) -> str:
-        """The devices of one worker; it sees no other GPUs than its own, which count from 0."""
-        gpus = int(self.config.cluster.num_gpus)
-        if gpus <= 1:
-            return self._computing_device
-        return ",".join(f"cuda:{index}" for index in range(gpus))
-
-    @property
-    def _host_bytes(self) -> int | None:
-        room = self.config.model.host_gb
-        return None if room is None else int(room * 10**9)
 
     def judge(self, windows: torch.Tensor) -> InProcess | Streamed:
         """A backend of this process for held-out figures, on every position."""
@@ -218,8 +217,22 @@ class Session:
             "seed": seed,
         }
         if self.streamed is not None:
-            return Streamed(self.streamed, **what, host_bytes=self._host_bytes)
+            return Streamed(self.streamed, **what, host_bytes=host_bytes(self.config.model))
         return InProcess(self.loaded.model, self.anatomy, **what)
+
+    @property
+    def _repair_text(self) -> str:
+        """What a signature says of repairs, nothing where there are none."""
+        search, calibration = self.config.search, self.config.calibration
+        parts = [
+            f"{what} repaired ({kind}) on {tokens // calibration.window_tokens} fit windows, "
+            for what, kind, tokens in (
+                ("candidates", search.repair, calibration.fit_tokens),
+                ("finalists", search.finished, calibration.finals_fit_tokens),
+            )
+            if kind != "none"
+        ]
+        return "".join(parts)
 
     def plan(self) -> Plan:
         """The search part of the configuration."""
@@ -262,7 +275,7 @@ class Session:
             "model": self.model_json,
             "model_class": self.anatomy.model_class,
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
-            "device": self._computing_device,
+            "device": computing_device(self.config, self.loaded),
             "threads": torch.get_num_threads(),
             "data": {
                 "source": self.documents_name,
@@ -277,7 +290,7 @@ class Session:
                 f"search on {objective.kind}, windows of {calibration.window_tokens} tokens, "
                 f"{100 * objective.positions:g} % of positions, select {len(splits.select)} / "
                 f"finals {len(splits.finals)} / held-out {len(splits.heldout)} windows, "
-                f"batches of {calibration.batch_tokens} tokens, "
+                f"batches of {calibration.batch_tokens} tokens, {self._repair_text}"
                 f"replay by {self.check.mode}"
             ),
             "seed": seed,
@@ -331,42 +344,6 @@ def opened(config: RunConfig, session: Session | None) -> Iterator[Session]:
         yield session
     finally:
         session.close()
-
-
-def _check_cluster(config: RunConfig) -> None:
-    if config.cluster.backend == "ray" and find_spec("ray") is None:
-        raise ConfigError(
-            "cluster.backend is ray, which is not installed: pip install 'depthsearch[ray]', or "
-            "set cluster.backend=in-process"
-        )
-    if config.cluster.backend == "ray" and config.cluster.address is None:
-        stay_local()
-    if config.model.streamed:
-        _check_streamed(config)
-
-
-def _check_streamed(config: RunConfig) -> None:
-    model, cluster = config.model, config.cluster
-    if model.trust_remote_code:
-        raise ConfigError("model.streamed can't run a model's own code: leave one of them out")
-    if "," in model.device or (cluster.backend == "ray" and cluster.num_gpus > 1):
-        raise ConfigError(
-            "model.streamed brings blocks to one device: give model.device one, or set "
-            "cluster.num_gpus to 1 and start more workers"
-        )
-    if cluster.backend == "ray" and cluster.weights == "store":
-        raise ConfigError(
-            "cluster.weights is store, but with model.streamed workers read the weights from the "
-            "checkpoint: leave one of them out"
-        )
-
-
-def _threads(config: RunConfig) -> int | None:
-    """Threads of whoever computes, None for torch's choice; the driver uses as many."""
-    cluster = config.cluster
-    if cluster.threads is None and cluster.backend == "ray":
-        return max(1, int(cluster.num_cpus))
-    return cluster.threads
 
 
 def check_search(search: SearchConfig) -> None:

@@ -1,0 +1,178 @@
+"""Searches that repair: the result and its weights, resumed, compared and exported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny_models import save_tiny
+from tests.tiny_runs import workplace_config
+
+from depthsearch.config import RunConfig
+from depthsearch.errors import ConfigError, RunDirectoryError, UnsupportedModelError
+from depthsearch.journal import read_journal, without_times
+from depthsearch.model.patches import load_patches
+from depthsearch.model.repair import patched
+from depthsearch.run.compare import compare
+from depthsearch.run.directory import BEST, CONFIG, JOURNAL, REPAIR
+from depthsearch.run.figures import export_run
+from depthsearch.run.search import resume, search
+from depthsearch.run.session import Session
+from depthsearch.space import Mask
+
+SEARCH = {"max_evaluations": 12, "finalists": 2, "repair": "gap", "finish": "sequential"}
+
+
+def configured(workplace: Path, **changes: Any) -> RunConfig:
+    settings: dict[str, Any] = {
+        "calibration": {"fit_tokens": 128, "finals_fit_tokens": 512},
+        "space": {"granularity": "block", "budget": {"drop_blocks": 1}},
+        "search": SEARCH,
+    }
+    return workplace_config(workplace, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def session(workplace: Path) -> Session:
+    return Session.open(configured(workplace))
+
+
+@pytest.fixture(scope="module")
+def finished(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("repaired") / "run"
+    search(session.config, out, session=session)
+    return out
+
+
+def best_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / BEST).read_text())
+    return found
+
+
+def test_the_loss_on_fresh_data_is_that_of_the_weights_on_disk(
+    finished: Path, session: Session
+) -> None:
+    best = best_of(finished)
+    mask = Mask.from_key(best["mask"])
+    patches = load_patches(finished / REPAIR, session.anatomy, mask, best["repair"]["sha256"])
+    assert list(best["repair"]["sites"]) == [session.anatomy.sites[p.site].name for p in patches]
+    assert patches
+    unrepaired = session.backend(session.splits(0).finals, 0)
+
+    def loss() -> float:
+        units = [unrepaired.run(batch, [mask]) for batch in range(len(unrepaired.sequences))]
+        losses = [loss for unit in units for loss in unit.losses[0]]
+        return sum(losses) / len(losses)
+
+    cut = loss()
+    with patched(session.loaded.model, session.anatomy, patches):
+        assert loss() == pytest.approx(best["finals_loss"], abs=1e-12)
+    assert best["finals_loss"] < cut
+    assert loss() == cut
+
+
+def test_a_stopped_search_is_continued_to_the_same_weights(
+    finished: Path, session: Session, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / CONFIG).write_bytes((finished / CONFIG).read_bytes())
+    lines = (finished / JOURNAL).read_bytes().splitlines(keepends=True)
+    (run / JOURNAL).write_bytes(b"".join(lines[: len(lines) // 2]))
+    resume(run, session=session)
+    journals = [without_times(read_journal(place / JOURNAL)) for place in (run, finished)]
+    assert journals[0] == journals[1]
+    for name in (BEST, REPAIR):
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_fit_text_is_nobody_elses(session: Session) -> None:
+    splits = session.splits(0)
+    assert splits.fit.numel() == 512
+    windows = [tuple(row.tolist()) for part in (splits.select, splits.finals, splits.heldout)
+               for row in part]  # fmt: skip
+    assert not {tuple(row.tolist()) for row in splits.fit} & set(windows)
+    plain = replace(session, config=configured_plain(session.config))
+    assert plain.splits(0).fit.numel() == 0
+    assert torch.equal(plain.splits(0).select, splits.select)
+    assert torch.equal(plain.splits(0).heldout, splits.heldout)
+
+
+def configured_plain(config: RunConfig) -> RunConfig:
+    search_config = config.search.model_copy(update={"repair": "none", "finish": None})
+    return config.model_copy(update={"search": search_config})
+
+
+def test_the_signature_says_so(session: Session) -> None:
+    protocol = session.signature(session.splits(0), 0)["protocol"]
+    assert "candidates repaired (gap) on 8 fit windows" in protocol
+    assert "finalists repaired (sequential) on 32 fit windows" in protocol
+
+
+def test_a_comparison_judges_each_arm_with_its_own_weights(
+    workplace: Path, session: Session, tmp_path: Path
+) -> None:
+    arms = {
+        "cut": {"method": "windows"},
+        "afterwards": {"method": "windows", "finish": "gap"},
+        "inside": {"method": "windows", "repair": "gap"},
+    }
+    plain = {"max_evaluations": 12, "finalists": 2}
+    config = configured(
+        workplace, search=plain, compare={"arms": arms, "seeds": [0], "cost_tokens": 1e9}
+    )
+    result = compare(config, tmp_path / "out", session=replace(session, config=config))
+    found = {arm["name"]: arm for arm in result["arms"]}
+    assert found["cut"]["repair"] is None
+    assert found["cut"]["heldout_kl"] == found["cut"]["cut_kl"]
+    for name in ("afterwards", "inside"):
+        assert found[name]["repair"]["kind"] == "gap"
+        assert found[name]["heldout_kl"] < found[name]["cut_kl"]
+    assert found["afterwards"]["cost_tokens"] < found["inside"]["cost_tokens"]
+
+
+def test_the_export_carries_the_refitted_weights(finished: Path, tmp_path: Path) -> None:
+    result, summary = export_run(finished, tmp_path / "model", measure=False)
+    assert result.verification is not None
+    assert result.verification.passed
+    best = best_of(finished)
+    assert summary["repair"] == best["repair"]
+    written = load_file(result.path / "model.safetensors")
+    refitted = load_file(finished / REPAIR)
+    for name in best["repair"]["sites"]:
+        assert any(torch.equal(refitted[f"{name}.weight"], weight) for weight in written.values())
+    card = (result.path / "README.md").read_text()
+    assert "## What was refitted" in card
+    assert all(f"`{name}`" in card for name in best["repair"]["sites"])
+
+
+def test_damaged_weights_are_refused(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (CONFIG, JOURNAL, BEST, REPAIR):
+        (run / name).write_bytes((finished / name).read_bytes())
+    (run / REPAIR).write_bytes((run / REPAIR).read_bytes()[:-1])
+    with pytest.raises(RunDirectoryError, match="sha256"):
+        export_run(run, tmp_path / "model", measure=False)
+    (run / REPAIR).unlink()
+    with pytest.raises(RunDirectoryError, match="can't be read"):
+        export_run(run, tmp_path / "model", measure=False)
+
+
+def test_what_cannot_be_repaired_is_refused_before_anything_is_created(
+    workplace: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    streamed = {"path": "model", "dtype": "float32", "device": "cpu", "streamed": True}
+    with pytest.raises(ConfigError, match=r"search\.repair"):
+        search(configured(workplace, model=streamed), out)
+    save_tiny(workplace / "sandwich", "gemma2")
+    model = {"path": "sandwich", "dtype": "float32", "device": "cpu"}
+    with pytest.raises(UnsupportedModelError, match=r"search\.repair"):
+        search(configured(workplace, model=model), out)
+    assert not out.exists()
