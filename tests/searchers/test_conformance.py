@@ -31,6 +31,7 @@ ARMS: list[Arm] = [
     ("block_influence", {"level": "site", "per_cost": True}),
     ("greedy", {"rule": "plain"}),
     ("evolution", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
+    ("evolution", {"longest_gap": 6}),
     ("optuna", {"sampler": "cmaes"}),
     ("optuna", {"sampler": "random", "batch": 1}),
 ]

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from depthsearch.evaluation.ray_metrics import Metrics
 
 
+_LONGEST_GAP = 6
+
+
 @dataclass(frozen=True)
 class Session:
     """A loaded model with everything that a search over it needs."""
@@ -237,9 +240,13 @@ class Session:
     def plan(self) -> Plan:
         """The search part of the configuration."""
         search = self.config.search
+        defaults: dict[str, Any] = {}
+        if search.method == "evolution" and search.repair != "none":
+            # Repaired gaps nearly add up, so what they add up to is the best start there is.
+            defaults["longest_gap"] = _LONGEST_GAP
         return Plan(
             method=search.method,
-            options=search.options,
+            options=defaults | search.options,
             seed=search.seed,
             cost_tokens=search.cost_tokens,
             max_evaluations=search.max_evaluations,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from depthsearch.searchers.baselines import cheap_baselines
+from depthsearch.searchers.gaps import added_up, gap_plan
 from depthsearch.searchers.moves import Moves, exchange_neighbours, weighted_index
 from depthsearch.searchers.oneshot import (
     RemovalRanking,
@@ -38,16 +39,18 @@ class EvolutionOptions:
     """Size of the population, and what it starts from.
 
     `parents` masks survive a generation of `offspring`. `sweep` measures every single removal
-    first; `guided` makes moves prefer to drop what looks unimportant.
+    first; `longest_gap` (sites, 0 for none) also measures gaps up to that length and starts from
+    what they add up to; `guided` makes moves prefer to drop what looks unimportant.
     """
 
     parents: int = 4
     offspring: int = 16
     sweep: bool = True
     guided: bool = True
+    longest_gap: int = 0
 
     def __post_init__(self) -> None:
-        at_least(self, parents=1, offspring=1)
+        at_least(self, parents=1, offspring=1, longest_gap=0)
 
 
 def evolution_plan(
@@ -63,13 +66,18 @@ def evolution_plan(
         sweep = removal_sweep(space)
         # The order matters most among the cheapest to lose; the others may be known roughly.
         cheapest = max(options.parents, len(sweep.proposals) // 4)
-        answers = yield Batch(sweep.proposals, cheapest)
+        answers = yield Batch(sweep.proposals, None if options.longest_gap else cheapest)
         elite.learn(answers)
         ranking = rank_removals(space, hints, answers)
         keys = ranking.keys
         suggested = (*removal_masks(space, ranking), *completions(space, ranking, elite.masks))
         elite.learn((yield elite.batch(suggested)))
         seeds = (*seeds, *sweep.proposals, *suggested)
+        if options.longest_gap:
+            gaps = yield from gap_plan(space, options.longest_gap, answers)
+            together = added_up(space, gaps, keys)
+            elite.learn((yield elite.batch(together)))
+            seeds = (*seeds, *together)
     for proposal in seeds:
         fresh.add(proposal.mask)
 
