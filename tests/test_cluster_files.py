@@ -221,9 +221,10 @@ class TestSlurm:
         stand_in(
             place / "bin",
             "ray",
+            # What starts nodes may be ended in the middle of a line; the rest is waited for.
+            'if [[ $1 == start ]]; then exec sleep 50; fi; '
             'cp "$RAY_AUTH_TOKEN_PATH" "$HOME/seen"; '
-            'stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$HOME/rights"; '
-            'if [[ $1 == start ]]; then exec sleep 50; fi',
+            'stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$HOME/rights"',
         )  # fmt: skip
         return place
 

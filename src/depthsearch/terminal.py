@@ -118,14 +118,18 @@ def compare_table(result: Mapping[str, Any]) -> Table:
     """The arms of a comparison with their intervals, best first."""
     table = Table(title=f"Held-out figures, {result['budget_text']}")
     table.add_column("arm")
-    for title in ("KL [95 % interval]", "CE, nats", "cost", "masks", "time"):
+    repaired = any(row["repaired"] for row in result["summary"])
+    cut = ("KL as cut",) if repaired else ()
+    for title in ("KL [95 % interval]", *cut, "CE, nats", "cost", "masks", "time"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_row("dense model", "0", f"{result['dense']['heldout_ce']:.4f}", "", "", "")
+    blank = ("0",) if repaired else ()
+    table.add_row("dense model", "0", *blank, f"{result['dense']['heldout_ce']:.4f}", "", "", "")
     for row in sorted(result["summary"], key=lambda r: float(r["heldout_kl_mean"])):
         interval = f"[{row['heldout_kl_low']:.4f}, {row['heldout_kl_high']:.4f}]"
         table.add_row(
             row["arm"] + (f", {row['seeds']} seeds" if row["seeds"] > 1 else ""),
             f"{row['heldout_kl_mean']:.4f} {interval}",
+            *((f"{row['cut_kl_mean']:.4f}",) if repaired else ()),
             f"{row['heldout_ce_mean']:.4f}",
             f"{row['cost_tokens_mean']:,.0f}",
             f"{row['evaluations_mean']:.0f}",

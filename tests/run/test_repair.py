@@ -18,12 +18,14 @@ from depthsearch.errors import ConfigError, RunDirectoryError, UnsupportedModelE
 from depthsearch.journal import read_journal, without_times
 from depthsearch.model.patches import load_patches
 from depthsearch.model.repair import patched
+from depthsearch.report.comparison import summary_table
 from depthsearch.run.compare import compare
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL, REPAIR
 from depthsearch.run.figures import export_run
 from depthsearch.run.search import resume, search
 from depthsearch.run.session import Session
 from depthsearch.space import Mask
+from depthsearch.terminal import compare_table
 
 SEARCH = {"max_evaluations": 12, "finalists": 2, "repair": "gap", "finish": "sequential"}
 
@@ -134,6 +136,9 @@ def test_a_comparison_judges_each_arm_with_its_own_weights(
         assert found[name]["repair"]["kind"] == "gap"
         assert found[name]["heldout_kl"] < found[name]["cut_kl"]
     assert found["afterwards"]["cost_tokens"] < found["inside"]["cost_tokens"]
+    titles = [str(column.header) for column in compare_table(result).columns]
+    assert "KL as cut" in titles
+    assert "Held-out KL as cut" in summary_table(result).columns
 
 
 def test_the_export_carries_the_refitted_weights(finished: Path, tmp_path: Path) -> None:

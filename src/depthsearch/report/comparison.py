@@ -155,7 +155,11 @@ def interval_picture(summary: Sequence[Mapping[str, Any]]) -> Picture | None:
 def summary_table(compare: Mapping[str, Any]) -> Table:
     """The dense model and every arm with intervals, best first."""
     dense = compare.get("dense") or {}
-    rows = [("dense model", "", "0", "", wording.loss(dense.get("heldout_ce")), "")]
+    repaired = any(row.get("repaired") for row in compare.get("summary") or ())
+    cut: tuple[str, ...] = ("0",) if repaired else ()
+    rows: list[tuple[str, ...]] = [
+        ("dense model", "", "0", "", *cut, wording.loss(dense.get("heldout_ce")), "")
+    ]
     ordered = sorted(
         compare.get("summary") or (),
         key=lambda r: (r.get("heldout_kl_mean") is None, r.get("heldout_kl_mean") or 0.0),
@@ -172,6 +176,7 @@ def summary_table(compare: Mapping[str, Any]) -> Table:
                 f"{low:.4f} to {high:.4f}"
                 if low is not None and high is not None
                 else wording.NONE,
+                *((wording.loss(row.get("cut_kl_mean")),) if repaired else ()),
                 wording.loss(row.get("heldout_ce_mean")),
                 wording.amount(cost) if cost is not None else wording.NONE,
             )
@@ -182,6 +187,7 @@ def summary_table(compare: Mapping[str, Any]) -> Table:
             "Seeds",
             "Held-out KL",
             "95 % interval",
+            *(("Held-out KL as cut",) if repaired else ()),
             "Held-out cross-entropy",
             "Search cost, tokens",
         ),

@@ -273,6 +273,8 @@ def _summary(
                 "heldout_kl_low": interval.low,
                 "heldout_kl_high": interval.high,
                 "heldout_ce_mean": _mean([e["heldout_ce"] for e in found]),
+                "cut_kl_mean": _mean([e["cut_kl"] for e in found]),
+                "repaired": any(e["repair"] is not None for e in found),
                 "select_loss_mean": _mean([e["select_loss"] for e in found]),
                 "cost_tokens_mean": _mean([e["cost_tokens"] for e in found]),
                 "evaluations_mean": _mean([float(e["evaluations"]) for e in found]),
