@@ -14,13 +14,14 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectStoreFullError, RayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
 from depthsearch.errors import ClusterError
 from depthsearch.evaluation.backend import UnitResult
 from depthsearch.evaluation.crew import Answer, Done, Event, Failed, Joined, Limits, Lost, Unit
 from depthsearch.evaluation.dispatch import Dispatcher
 from depthsearch.evaluation.inprocess import InProcess
+from depthsearch.evaluation.ray_environment import listens
 from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
 from depthsearch.model.packing import PackedModel
 from depthsearch.sources import one_line
@@ -28,8 +29,15 @@ from depthsearch.space import Hints, Mask, Status
 
 _STATE_EVERY_S = 2.0
 _CAPACITY_EVERY_S = 5.0
+_LIFELINE_EVERY_S = 1.0
+_CONTROL_GRACE_S = 40.0
 _CONNECT_TRIES = 3
 _ROUNDING = 1e-6
+
+_GONE = (
+    "{} has died or was killed, and the workers with it; nothing is lost: `depthsearch resume` "
+    "goes on as soon as there is a cluster"
+)
 
 OnState = Callable[[dict[str, Any]], None]
 
@@ -50,6 +58,46 @@ class RaySettings:
     limits: Limits = field(default_factory=Limits)
 
 
+class Lifeline:
+    """The two servers that a driver can't go on without: its own node's, and the cluster's.
+
+    Ray ends the process of a driver, with nothing but a log, at the next larger object after its
+    node's server (the raylet) died, and a minute after the cluster's (the GCS) did. To be asked
+    before anything is asked of Ray. What can't be reached at the start is not watched: a driver may
+    be joined through a proxy.
+    """
+
+    def __init__(self, ours: bool) -> None:
+        context: Any = ray.get_runtime_context()
+        here = context.get_node_id()
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        servers = [
+            (str(node["NodeManagerAddress"]), int(node["NodeManagerPort"]))
+            for node in nodes
+            if node["NodeID"] == here
+        ]
+        host, _, port = str(context.gcs_address).rpartition(":")
+        control = (host.strip("[]"), int(port))
+        self._node = next((server for server in servers if listens(server)), None)
+        self._control = control if listens(control) else None
+        # Nobody brings back a server of our own; that of a cluster may be restarted by its keeper.
+        self._grace_s = 0.0 if ours else _CONTROL_GRACE_S
+        self._heard = self._asked = time.monotonic()
+
+    def check(self, *, now: bool = False) -> None:
+        """Raise ClusterError where one is gone; looks once a second, or `now`."""
+        time_s = time.monotonic()
+        if not now and time_s - self._asked < _LIFELINE_EVERY_S:
+            return
+        self._asked = time_s
+        if self._node is not None and not listens(self._node):
+            raise ClusterError(_GONE.format("Ray's server on this machine (the raylet)"))
+        if self._control is None or listens(self._control):
+            self._heard = time_s
+        elif time_s - self._heard >= self._grace_s:
+            raise ClusterError(_GONE.format("the head of the Ray cluster (the GCS)"))
+
+
 class RayCrew:
     """The workers of one run as Ray actors: a `Crew`."""
 
@@ -61,10 +109,10 @@ class RayCrew:
         worker: type[Worker] = Worker,
     ) -> None:
         self._ours = _connect(settings)
+        self._lifeline = Lifeline(self._ours and settings.address is None)
         self._workers = settings.workers
         self.settings = settings
         self._source = source
-        self._packed = None if packed is None else _put(packed)
         self._actor: Any = ray.remote(
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
@@ -79,11 +127,18 @@ class RayCrew:
         self._gone: list[Event] = []
         self._room = (0.0, 0)
         self.about: dict[str, dict[str, Any]] = {}
+        self._packed: Any = None
+        if packed is not None:
+            try:
+                self._packed = self._put(packed)
+            except ClusterError:
+                self.close()
+                raise
 
     def add_text(self, text: Text) -> None:
         """Make a text known, so that units may name it."""
         if text.name not in self._texts:
-            self._texts[text.name] = _put(text)
+            self._texts[text.name] = self._put(text)
 
     @property
     def capacity(self) -> int:
@@ -91,6 +146,7 @@ class RayCrew:
         settings = self.settings
         if self._workers is not None:
             return self._workers
+        self._lifeline.check()
         asked, room = self._room
         if time.monotonic() - asked > _CAPACITY_EVERY_S or room == 0:
             there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -124,7 +180,8 @@ class RayCrew:
             ray.kill(actor)
 
     def wait(self, timeout: float) -> Sequence[Event]:
-        """Collect what has ended."""
+        """Collect what has ended; raises ClusterError where Ray itself is gone."""
+        self._lifeline.check()
         if not self._tasks:
             time.sleep(min(timeout, 0.2))
             return ()
@@ -143,6 +200,17 @@ class RayCrew:
             self.kill(worker)
         if self._ours:
             ray.shutdown()
+
+    def _put(self, value: object) -> Any:
+        self._lifeline.check(now=True)
+        try:
+            return ray.put(value)
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            raise ClusterError(
+                "Ray's object store has no room for the model and the text, nor has the disk that "
+                "it falls back to: start the cluster with a larger object_store_memory, or set "
+                "cluster.weights=path"
+            ) from error
 
     def _event(self, task: Any) -> Event:
         worker, number = self._tasks.pop(task)
@@ -269,7 +337,12 @@ def _connect(settings: RaySettings) -> bool:
     if settings.address is not None:
         options["address"] = settings.address
     else:
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        # Without an address Ray would join RAY_ADDRESS, or what else runs on this machine.
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
         if settings.workers is not None:
             # Ray counts cores; workers that share them are the user's decision.
             options["num_cpus"] = max(
@@ -287,16 +360,6 @@ def _connect(settings: RaySettings) -> bool:
     assert problem is not None
     where = settings.address or "a local cluster"
     raise ClusterError(f"Ray: {where} can't be reached or started: {_reason(problem)}") from problem
-
-
-def _put(value: object) -> Any:
-    try:
-        return ray.put(value)
-    except ObjectStoreFullError as error:
-        raise ClusterError(
-            "Ray's object store has no room for the model and the text: start the cluster with a "
-            "larger object_store_memory, or set cluster.weights=path"
-        ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from depthsearch.calibration.windows import Splits, make_splits
 from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
 from depthsearch.errors import ConfigError, MaskError
 from depthsearch.evaluation import Backend, InProcess, Streamed
-from depthsearch.evaluation.ray_environment import stay_local
+from depthsearch.evaluation.ray_environment import spare_dumps, stay_local
 from depthsearch.model.anatomy import Anatomy, describe
 from depthsearch.model.costs import cost_table
 from depthsearch.model.load import (
@@ -308,8 +308,10 @@ def _check_cluster(config: RunConfig) -> None:
             "cluster.backend is ray, which is not installed: pip install 'depthsearch[ray]', or "
             "set cluster.backend=in-process"
         )
-    if config.cluster.backend == "ray" and config.cluster.address is None:
-        stay_local()
+    if config.cluster.backend == "ray":
+        spare_dumps()
+        if config.cluster.address is None:
+            stay_local()
     if config.cluster.backend == "ray" and config.model.streamed:
         raise ConfigError(
             "model.streamed works in one process for now: set cluster.backend=in-process"
