@@ -348,12 +348,12 @@ def _connect(settings: RaySettings) -> bool:
             options["num_cpus"] = max(
                 os.cpu_count() or 1, int(settings.workers * settings.num_cpus)
             )
-    problem: BaseException | None = None
+    problem: Exception | None = None
     for _ in range(_CONNECT_TRIES):
         try:
             ray.init(**options)
             return True
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        except Exception as error:  # noqa: BLE001 - Ray raises plain ones here
             # On a busy machine Ray's own servers may take longer to come up than it waits.
             ray.shutdown()
             problem = error

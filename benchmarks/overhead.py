@@ -1,0 +1,176 @@
+"""What the Ray backend costs beside this process, with one worker of one thread each.
+
+    python benchmarks/overhead.py [--rounds 7] [--batches 6] [--unit 0.5] [--out FILE]
+
+The same masks on the same batches, as units of about `--unit` seconds, alternately through this
+process and through a Ray worker on this machine; losses must be equal bit for bit. Once as a search
+does it, which knows the next batches, and once with every unit asked for only when the one before
+is done, so that nothing hides the way to the worker and back. Prints one JSON document; exits with
+1 if losses differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from depthsearch.config import load_config
+from depthsearch.evaluation import Backend
+from depthsearch.run.session import Session
+from depthsearch.space import Mask
+from random_workplace import write_workplace
+
+BATCH_TOKENS = 256
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+SHARE_KEPT = 0.75
+MOST_MASKS = 512
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--unit", type=float, default=0.5)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    # Ray's workers give way to all else on the machine; here both sides have equal rights to it.
+    os.environ |= {"RAY_worker_niceness": "0"}
+    with tempfile.TemporaryDirectory() as scratch:
+        result = measure(chosen, Path(scratch))
+    text = json.dumps(result, indent=2)
+    print(text)
+    if chosen.out is not None:
+        chosen.out.write_text(text + "\n", encoding="utf-8")
+    if not result["losses_equal"]:
+        sys.exit(1)
+
+
+def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Both backends on the same work, in turns."""
+    settings = {
+        "model": {"dtype": "float32", "device": "cpu"},
+        "calibration": {
+            "window_tokens": 64,
+            "batch_tokens": BATCH_TOKENS,
+            "select_tokens": BATCH_TOKENS * chosen.batches,
+            "finals_tokens": 64,
+            "heldout_tokens": 64,
+        },
+        "search": {"max_evaluations": 10},
+        "cluster": {"backend": "ray", "workers": 1, "threads": 1},
+    }
+    path = write_workplace(scratch, SIZES, settings)
+    session = Session.open(load_config(path))
+    try:
+        windows = session.splits(0).select
+        one_process = replace(session, config=load_config(path, ["cluster.backend=in-process"]))
+        here = one_process.backend(windows, 0)
+        backends = {"here": here, "ray": session.backend(windows, 0)}
+        masks = offspring(len(session.space.sites), MOST_MASKS)
+        for _ in range(2):  # the first time includes the dense pass that records the batch
+            seconds, _ = timed(here, masks[:16], 1, ahead=True)
+        count = min(MOST_MASKS, max(1, round(16 * chosen.unit / seconds[0])))
+        found = {
+            name: compare(backends, masks[:count], chosen, ahead=ahead)
+            for name, ahead in (("as a search asks", True), ("one unit at a time", False))
+        }
+        signature = session.signature(session.splits(0), 0)
+    finally:
+        session.close()
+    return {
+        "benchmark": "overhead",
+        "signature": signature
+        | {
+            "ray": version("ray"),
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        },
+        "sizes": SIZES,
+        "masks_a_unit": count,
+        "units_a_round": chosen.batches,
+        "rounds": chosen.rounds,
+        "losses_equal": all(part.pop("equal") for part in found.values()),
+        **found,
+    }
+
+
+def compare(
+    backends: dict[str, Backend], masks: Sequence[Mask], chosen: argparse.Namespace, *, ahead: bool
+) -> dict[str, Any]:
+    """Rounds through each backend in turns, after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
+    units: list[float] = []
+    equal = True
+    for turn in range(chosen.rounds + 1):
+        losses = {}
+        order = list(backends) if turn % 2 else list(reversed(backends))
+        for name in order:
+            took, losses[name] = timed(backends[name], masks, chosen.batches, ahead=ahead)
+            if turn:
+                seconds[name].append(sum(took))
+                units += took if name == "here" else []
+        equal = equal and losses["here"] == losses["ray"]
+    ratios = [there / here for here, there in zip(*seconds.values(), strict=True)]
+    return {
+        "equal": equal,
+        "unit_seconds": round(statistics.median(units), 3),
+        "overhead_percent": {
+            "min": round(100 * (min(ratios) - 1), 1),
+            "median": round(100 * (statistics.median(ratios) - 1), 1),
+            "max": round(100 * (max(ratios) - 1), 1),
+        },
+        "ratio_of_all_rounds": round(sum(seconds["ray"]) / sum(seconds["here"]), 4),
+        "ratios": [round(ratio, 4) for ratio in ratios],
+        "round_seconds": {name: [round(s, 2) for s in took] for name, took in seconds.items()},
+    }
+
+
+def timed(
+    backend: Backend, masks: Sequence[Mask], batches: int, *, ahead: bool
+) -> tuple[list[float], list[Any]]:
+    """Seconds and losses of these masks on each batch."""
+    seconds, losses = [], []
+    for batch in range(batches):
+        later = range(batch + 1, batches) if ahead else ()
+        start = time.perf_counter()
+        result = backend.run(batch, masks, later)
+        seconds.append(time.perf_counter() - start)
+        losses.append(result.losses)
+    return seconds, losses
+
+
+def offspring(sites: int, count: int) -> list[Mask]:
+    """Distinct masks, one swap away from one another."""
+    rng = np.random.default_rng(0)
+    dropped = rng.choice(sites, round((1 - SHARE_KEPT) * sites), replace=False)
+    parent = Mask.dropping(sites, dropped.tolist())
+    found: dict[Mask, None] = {}
+    while len(found) < count:
+        back, gone = (rng.choice(part) for part in (parent.dropped, parent.kept))
+        parent = parent.with_([int(back)]).without([int(gone)])
+        found[parent] = None
+    return list(found)
+
+
+if __name__ == "__main__":
+    main()
