@@ -44,6 +44,7 @@ SIZES = {
 }
 SHARE_KEPT = 0.75
 MOST_MASKS = 512
+TRIED = 64
 
 
 def main() -> None:
@@ -88,9 +89,9 @@ def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         here = one_process.backend(windows, 0)
         backends = {"here": here, "ray": session.backend(windows, 0)}
         masks = offspring(len(session.space.sites), MOST_MASKS)
-        for _ in range(2):  # the first time includes the dense pass that records the batch
-            seconds, _ = timed(here, masks[:16], 1, ahead=True)
-        count = min(MOST_MASKS, max(1, round(16 * chosen.unit / seconds[0])))
+        # The first time includes the dense pass that records the batch.
+        tries = [timed(here, masks[:TRIED], 1, ahead=True)[0][0] for _ in range(4)]
+        count = min(MOST_MASKS, max(1, round(TRIED * chosen.unit / min(tries))))
         found = {
             name: compare(backends, masks[:count], chosen, ahead=ahead)
             for name, ahead in (("as a search asks", True), ("one unit at a time", False))

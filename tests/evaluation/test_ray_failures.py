@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,6 @@ import psutil
 import pytest
 from tests.tiny_runs import workplace_config, write_config
 
-from depthsearch.evaluation.ray_environment import listens
 from depthsearch.journal import read_journal, without_times
 from depthsearch.run.directory import BEST, JOURNAL
 from depthsearch.run.search import search
@@ -203,10 +201,3 @@ def test_weights_larger_than_the_object_store_go_to_disk_or_end_with_advice(disk
         assert "object_store_memory" in ended.stdout
         assert "cluster.weights=path" in ended.stdout
         assert ended.stdout.count("\n") == 1
-
-
-def test_a_server_listens_until_it_is_closed() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = server.getsockname()
-        assert listens(address)
-    assert not listens(address)

@@ -21,7 +21,7 @@ from depthsearch.evaluation.backend import UnitResult
 from depthsearch.evaluation.crew import Answer, Done, Event, Failed, Joined, Limits, Lost, Unit
 from depthsearch.evaluation.dispatch import Dispatcher
 from depthsearch.evaluation.inprocess import InProcess
-from depthsearch.evaluation.ray_environment import listens
+from depthsearch.evaluation.lifeline import Lifeline
 from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
 from depthsearch.model.packing import PackedModel
 from depthsearch.sources import one_line
@@ -29,15 +29,9 @@ from depthsearch.space import Hints, Mask, Status
 
 _STATE_EVERY_S = 2.0
 _CAPACITY_EVERY_S = 5.0
-_LIFELINE_EVERY_S = 1.0
 _CONTROL_GRACE_S = 40.0
 _CONNECT_TRIES = 3
 _ROUNDING = 1e-6
-
-_GONE = (
-    "{} has died or was killed, and the workers with it; nothing is lost: `depthsearch resume` "
-    "goes on as soon as there is a cluster"
-)
 
 OnState = Callable[[dict[str, Any]], None]
 
@@ -58,46 +52,6 @@ class RaySettings:
     limits: Limits = field(default_factory=Limits)
 
 
-class Lifeline:
-    """The two servers that a driver can't go on without: its own node's, and the cluster's.
-
-    Ray ends the process of a driver, with nothing but a log, at the next larger object after its
-    node's server (the raylet) died, and a minute after the cluster's (the GCS) did. To be asked
-    before anything is asked of Ray. What can't be reached at the start is not watched: a driver may
-    be joined through a proxy.
-    """
-
-    def __init__(self, ours: bool) -> None:
-        context: Any = ray.get_runtime_context()
-        here = context.get_node_id()
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        servers = [
-            (str(node["NodeManagerAddress"]), int(node["NodeManagerPort"]))
-            for node in nodes
-            if node["NodeID"] == here
-        ]
-        host, _, port = str(context.gcs_address).rpartition(":")
-        control = (host.strip("[]"), int(port))
-        self._node = next((server for server in servers if listens(server)), None)
-        self._control = control if listens(control) else None
-        # Nobody brings back a server of our own; that of a cluster may be restarted by its keeper.
-        self._grace_s = 0.0 if ours else _CONTROL_GRACE_S
-        self._heard = self._asked = time.monotonic()
-
-    def check(self, *, now: bool = False) -> None:
-        """Raise ClusterError where one is gone; looks once a second, or `now`."""
-        time_s = time.monotonic()
-        if not now and time_s - self._asked < _LIFELINE_EVERY_S:
-            return
-        self._asked = time_s
-        if self._node is not None and not listens(self._node):
-            raise ClusterError(_GONE.format("Ray's server on this machine (the raylet)"))
-        if self._control is None or listens(self._control):
-            self._heard = time_s
-        elif time_s - self._heard >= self._grace_s:
-            raise ClusterError(_GONE.format("the head of the Ray cluster (the GCS)"))
-
-
 class RayCrew:
     """The workers of one run as Ray actors: a `Crew`."""
 
@@ -109,7 +63,7 @@ class RayCrew:
         worker: type[Worker] = Worker,
     ) -> None:
         self._ours = _connect(settings)
-        self._lifeline = Lifeline(self._ours and settings.address is None)
+        self._lifeline = _lifeline(ours=self._ours and settings.address is None)
         self._workers = settings.workers
         self.settings = settings
         self._source = source
@@ -148,7 +102,8 @@ class RayCrew:
             return self._workers
         self._lifeline.check()
         asked, room = self._room
-        if time.monotonic() - asked > _CAPACITY_EVERY_S or room == 0:
+        stale = time.monotonic() - asked > _CAPACITY_EVERY_S or room == 0
+        if stale and self._lifeline.heard:
             there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             need = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
             room = int(min(there.get(kind, 0) / n + _ROUNDING for kind, n in need.items() if n > 0))
@@ -360,6 +315,20 @@ def _connect(settings: RaySettings) -> bool:
     assert problem is not None
     where = settings.address or "a local cluster"
     raise ClusterError(f"Ray: {where} can't be reached or started: {_reason(problem)}") from problem
+
+
+def _lifeline(*, ours: bool) -> Lifeline:
+    """What this process hangs on now that it is connected; nobody brings a GCS of `ours` back."""
+    context: Any = ray.get_runtime_context()
+    here = context.get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    mine = next((node for node in nodes if node["NodeID"] == here), None)
+    host, _, port = str(context.gcs_address).rpartition(":")
+    return Lifeline(
+        None if mine is None else (str(mine["NodeManagerAddress"]), int(mine["NodeManagerPort"])),
+        (host.strip("[]"), int(port)),
+        0.0 if ours else _CONTROL_GRACE_S,
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -1,9 +1,8 @@
-"""What Ray reads once, when it is imported, and whether its servers still listen."""
+"""What Ray reads once, when it is imported."""
 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 
 
@@ -24,14 +23,3 @@ def spare_dumps() -> None:
     """
     if "ray" not in sys.modules:
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^Raylet is terminated")
-
-
-def listens(address: tuple[str, int], timeout_s: float = 1.0) -> bool:
-    """Whether somebody accepts connections there; a machine too busy to answer counts as there."""
-    try:
-        socket.create_connection(address, timeout=timeout_s).close()
-    except TimeoutError:
-        return True
-    except OSError:
-        return False
-    return True
