@@ -100,9 +100,9 @@ class RayCrew:
         settings = self.settings
         if self._workers is not None:
             return self._workers
-        self._lifeline.check()
         asked, room = self._room
         stale = time.monotonic() - asked > _CAPACITY_EVERY_S or room == 0
+        self._lifeline.check(now=stale)
         if stale and self._lifeline.heard:
             there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             need = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
