@@ -140,6 +140,9 @@ def compare(
             "median": round(100 * (statistics.median(ratios) - 1), 1),
             "max": round(100 * (max(ratios) - 1), 1),
         },
+        "overhead_percent_of_fastest_rounds": round(
+            100 * (min(seconds["ray"]) / min(seconds["here"]) - 1), 1
+        ),
         "ratio_of_all_rounds": round(sum(seconds["ray"]) / sum(seconds["here"]), 4),
         "ratios": [round(ratio, 4) for ratio in ratios],
         "round_seconds": {name: [round(s, 2) for s in took] for name, took in seconds.items()},
