@@ -11,9 +11,9 @@ runs again and again with one to three SIGKILLs each, in two set-ups:
   Workers, the driver and the raylets of the two nodes are killed; a node comes back after a while.
 
 Whenever the driver is dead or has given up, the run is resumed, until it ends. Every journal (time
-stamps aside) and every best.json must equal the undisturbed one. FILE is written after every run.
-Only processes that this one started are killed: all carry a mark in their environment. Exits with
-1 on a difference or a process left behind.
+stamps aside) and every best.json must equal the undisturbed one. FILE is written after every run;
+where it exists, only what it lacks is run. Only processes that this one started are killed: all
+carry a mark in their environment. Exits with 1 on a difference or a process left behind.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -161,9 +162,11 @@ class Chaos:
 
     def __init__(self, place: Path, seed: int) -> None:
         self.place = place
+        self.seed = seed
         self.rng = np.random.default_rng(seed)
         self.config = write_workplace(place, SIZES, SETTINGS)
         self.nodes: Nodes | None = None
+        self.current: Driver | None = None
         self.reference = place / "undisturbed"
         self.finish("search", self.reference, "cluster.backend=in-process")
         began = time.monotonic()
@@ -180,7 +183,20 @@ class Chaos:
         else:
             settings = [part for text in overrides for part in ("--set", text)]
             arguments = ["search", str(self.config), "--out", str(out), *settings]
-        return Driver(arguments, self.place / f"{out.name}.log")
+        self.current = Driver(arguments, self.place / f"{out.name}.log")
+        return self.current
+
+    def close_nodes(self) -> None:
+        """End the cluster of several nodes, if there is one."""
+        if self.nodes is not None:
+            self.nodes.close()
+        self.nodes = None
+
+    def close(self) -> None:
+        """End what still runs."""
+        if self.current is not None and self.current.exit is None:
+            self.current.kill()
+        self.close_nodes()
 
     def finish(self, what: str, out: Path, *overrides: str) -> None:
         """Run what must succeed."""
@@ -191,6 +207,7 @@ class Chaos:
     def run(self, number: int, setup: str) -> Run:
         """One search with one to three kills, resumed until it is whole, and compared."""
         run = Run(number, setup)
+        self.rng = np.random.default_rng([self.seed, number])
         out = self.place / f"run{number}"
         began = time.monotonic()
         try:
@@ -309,25 +326,36 @@ def main() -> None:
     }
     (Path(scratch.name) / "ray").mkdir()
     multiprocessing.set_forkserver_preload(PRELOADED)
-    runs: list[Run] = []
+    runs = found_in(chosen.out)
+    own = round(OWN_SHARE * chosen.runs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with scratch:
         chaos = Chaos(Path(scratch.name), chosen.seed)
         try:
-            for setup, count in (("own", round(OWN_SHARE * chosen.runs)), ("nodes", chosen.runs)):
-                if setup == "nodes":
+            for setup, count in (("nodes", chosen.runs - own), ("own", own)):
+                missing = count - sum(run.setup == setup for run in runs)
+                if setup == "nodes" and missing > 0:
                     chaos.nodes = Nodes(Path(scratch.name) / "ray")
-                while len(runs) < count:
+                for _ in range(missing):
                     runs.append(chaos.run(len(runs), setup))
                     print(json.dumps(asdict(runs[-1])), file=sys.stderr, flush=True)
                     report(chosen, chaos, runs, None)
+                chaos.close_nodes()
         finally:
-            if chaos.nodes is not None:
-                chaos.nodes.close()
+            chaos.close()
         left = strays(mark)
         result = report(chosen, chaos, runs, left)
     print(json.dumps(result, indent=2))
     if left or not result["identical"]:
         sys.exit(1)
+
+
+def found_in(path: Path | None) -> list[Run]:
+    """The runs that an interrupted benchmark left in its file."""
+    if path is None or not path.exists():
+        return []
+    moments = json.loads(path.read_text(encoding="utf-8"))["moments"]
+    return [Run(**{**run, "kills": [Kill(**kill) for kill in run["kills"]]}) for run in moments]
 
 
 def report(
