@@ -19,7 +19,6 @@ carry a mark in their environment. Exits with 1 on a difference or a process lef
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
 import multiprocessing
 import os
@@ -39,6 +38,7 @@ import numpy as np
 import psutil
 
 from depthsearch.journal import read_journal
+from forked_driver import PATIENCE_S, PRELOADED, Driver
 from kills import journal_bytes, same
 from loopback_nodes import Nodes
 from random_workplace import write_workplace
@@ -46,14 +46,8 @@ from random_workplace import write_workplace
 MARK = "DEPTHSEARCH_CHAOS"
 OWN = ("worker", "driver", "raylet", "gcs")
 NODES = ("worker", "driver", "node")
-PRELOADED = [
-    "depthsearch.cli",
-    "depthsearch.run.figures",
-    "transformers.models.llama.modeling_llama",
-]
 WHILE_LOADING = 0.15
 OWN_SHARE = 1 / 3
-PATIENCE_S = 300.0
 MOST_RESUMES = 10
 SIZES = {
     "hidden_size": 64,
@@ -105,56 +99,6 @@ class Run:
     equal: bool = False
     seconds: int = 0
     problem: str | None = None
-
-
-class Driver:
-    """A depthsearch command in a process forked off one that has torch loaded already."""
-
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
-        self.log = log
-        context = multiprocessing.get_context("forkserver")
-        self._process = context.Process(target=command, args=(list(arguments), str(log)))
-        self._process.start()
-        self.began = time.monotonic()
-
-    @property
-    def exit(self) -> int | None:
-        """The exit code, None while it runs; a signal is negative."""
-        return self._process.exitcode
-
-    def below(self) -> list[psutil.Process]:
-        """All processes that descend from it."""
-        with suppress(psutil.NoSuchProcess):
-            return psutil.Process(self._process.pid).children(recursive=True)
-        return []
-
-    def kill(self) -> None:
-        """End it with SIGKILL."""
-        self._process.kill()
-        self._process.join()
-
-    def wait(self, timeout_s: float = PATIENCE_S) -> int:
-        """Wait for its end; raises TimeoutError."""
-        self._process.join(timeout_s)
-        if self.exit is None:
-            self.kill()
-            raise TimeoutError(f"a driver hung: {self.log.read_text(encoding='utf-8')[-500:]}")
-        return self.exit
-
-
-def command(arguments: list[str], log: str) -> None:
-    """The body of a driver's process."""
-    from depthsearch import cli
-
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    sys.argv = ["depthsearch", *arguments]
-    try:
-        cli.main()
-    finally:
-        # Processes of multiprocessing leave these out, and Ray counts on them.
-        atexit._run_exitfuncs()
 
 
 class Chaos:
