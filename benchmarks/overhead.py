@@ -1,12 +1,13 @@
 """What the Ray backend costs beside this process, with one worker of one thread each.
 
-    python benchmarks/overhead.py [--rounds 7] [--batches 6] [--unit 0.5] [--out FILE]
+    python benchmarks/overhead.py [--rounds 12] [--batches 4] [--unit 0.5] [--out FILE]
 
-The same masks on the same batches, as units of about `--unit` seconds, alternately through this
+The same masks on the same batches, as units of about `--unit` seconds, in turns through this
 process and through a Ray worker on this machine; losses must be equal bit for bit. Once as a search
-does it, which knows the next batches, and once with every unit asked for only when the one before
-is done, so that nothing hides the way to the worker and back. Prints one JSON document; exits with
-1 if losses differ.
+does it, which knows the next batches: round by round. And once with every unit asked for only when
+the one before is done, so that nothing hides the way to the worker and back: unit by unit, together
+with how long that way is, which is the time that the worker did not spend on computing. Prints one
+JSON document; exits with 1 if losses differ.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -50,8 +51,8 @@ TRIED = 64
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--unit", type=float, default=0.5)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
@@ -90,11 +91,19 @@ def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         backends = {"here": here, "ray": session.backend(windows, 0)}
         masks = offspring(len(session.space.sites), MOST_MASKS)
         # The first time includes the dense pass that records the batch.
-        tries = [timed(here, masks[:TRIED], 1, ahead=True)[0][0] for _ in range(4)]
+        tries = [timed(here, masks[:TRIED], [0])[0] for _ in range(4)]
         count = min(MOST_MASKS, max(1, round(TRIED * chosen.unit / min(tries))))
+        cluster = session.workers.cluster
+        assert cluster is not None
+        batches = range(chosen.batches)
         found = {
-            name: compare(backends, masks[:count], chosen, ahead=ahead)
-            for name, ahead in (("as a search asks", True), ("one unit at a time", False))
+            "as_a_search_asks": compare(backends, masks[:count], [batches] * chosen.rounds),
+            "one_unit_at_a_time": compare(
+                backends,
+                masks[:count],
+                [[batch] for _ in range(chosen.rounds) for batch in batches],
+                lambda: sum(worker["busy_s"] for worker in cluster.dispatcher.state()["workers"]),
+            ),
         }
         signature = session.signature(session.splits(0), 0)
     finally:
@@ -116,51 +125,71 @@ def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def compare(
-    backends: dict[str, Backend], masks: Sequence[Mask], chosen: argparse.Namespace, *, ahead: bool
+    backends: dict[str, Backend],
+    masks: Sequence[Mask],
+    turns: Sequence[Sequence[int]],
+    busy_s: Callable[[], float] | None = None,
 ) -> dict[str, Any]:
-    """Rounds through each backend in turns, after one that is not counted."""
+    """The batches of each turn through one backend, then through the other.
+
+    `busy_s` tells how long workers have computed so far.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in backends}
-    units: list[float] = []
+    ways: list[float] = []
     equal = True
-    for turn in range(chosen.rounds + 1):
+    for backend in backends.values():
+        timed(backend, masks, sorted({batch for turn in turns for batch in turn}))
+    for number, turn in enumerate(turns):
         losses = {}
-        order = list(backends) if turn % 2 else list(reversed(backends))
-        for name in order:
-            took, losses[name] = timed(backends[name], masks, chosen.batches, ahead=ahead)
-            if turn:
-                seconds[name].append(sum(took))
-                units += took if name == "here" else []
+        for name in list(backends) if number % 2 else list(reversed(backends)):
+            before = busy_s() if busy_s is not None else 0.0
+            took, losses[name] = timed(backends[name], masks, turn)
+            seconds[name].append(took)
+            if name == "ray" and busy_s is not None:
+                ways.append(took - (busy_s() - before))
         equal = equal and losses["here"] == losses["ray"]
     ratios = [there / here for here, there in zip(*seconds.values(), strict=True)]
-    return {
+    result: dict[str, Any] = {
         "equal": equal,
-        "unit_seconds": round(statistics.median(units), 3),
+        "turns": len(turns),
+        "unit_seconds": round(statistics.median(seconds["here"]) / len(turns[0]), 3),
         "overhead_percent": {
-            "min": round(100 * (min(ratios) - 1), 1),
-            "median": round(100 * (statistics.median(ratios) - 1), 1),
-            "max": round(100 * (max(ratios) - 1), 1),
+            "min": percent(min(ratios)),
+            "median": percent(statistics.median(ratios)),
+            "max": percent(max(ratios)),
+            "of the medians": percent(
+                statistics.median(seconds["ray"]) / statistics.median(seconds["here"])
+            ),
+            "of all turns": percent(sum(seconds["ray"]) / sum(seconds["here"])),
         },
-        "overhead_percent_of_fastest_rounds": round(
-            100 * (min(seconds["ray"]) / min(seconds["here"]) - 1), 1
-        ),
-        "ratio_of_all_rounds": round(sum(seconds["ray"]) / sum(seconds["here"]), 4),
-        "ratios": [round(ratio, 4) for ratio in ratios],
-        "round_seconds": {name: [round(s, 2) for s in took] for name, took in seconds.items()},
+        "turn_seconds": {name: [round(s, 2) for s in took] for name, took in seconds.items()},
     }
+    if ways:
+        way = statistics.median(ways)
+        result["way_ms"] = {
+            "min": round(1000 * min(ways), 1),
+            "median": round(1000 * way, 1),
+            "max": round(1000 * max(ways), 1),
+        }
+        result["way_percent_of_a_unit"] = round(100 * way / result["unit_seconds"], 2)
+    return result
+
+
+def percent(ratio: float) -> float:
+    """What a ratio is above 1."""
+    return round(100 * (ratio - 1), 1)
 
 
 def timed(
-    backend: Backend, masks: Sequence[Mask], batches: int, *, ahead: bool
-) -> tuple[list[float], list[Any]]:
-    """Seconds and losses of these masks on each batch."""
-    seconds, losses = [], []
-    for batch in range(batches):
-        later = range(batch + 1, batches) if ahead else ()
-        start = time.perf_counter()
-        result = backend.run(batch, masks, later)
-        seconds.append(time.perf_counter() - start)
-        losses.append(result.losses)
-    return seconds, losses
+    backend: Backend, masks: Sequence[Mask], batches: Sequence[int]
+) -> tuple[float, list[Any]]:
+    """Seconds and losses of these masks on some batches, the later ones announced."""
+    start = time.perf_counter()
+    losses = [
+        backend.run(batch, masks, batches[place + 1 :]).losses
+        for place, batch in enumerate(batches)
+    ]
+    return time.perf_counter() - start, losses
 
 
 def offspring(sites: int, count: int) -> list[Mask]:
