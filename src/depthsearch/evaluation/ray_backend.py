@@ -14,13 +14,14 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectStoreFullError, RayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
 from depthsearch.errors import ClusterError
 from depthsearch.evaluation.backend import UnitResult
 from depthsearch.evaluation.crew import Answer, Done, Event, Failed, Joined, Limits, Lost, Unit
 from depthsearch.evaluation.dispatch import Dispatcher
 from depthsearch.evaluation.inprocess import InProcess
+from depthsearch.evaluation.lifeline import Lifeline
 from depthsearch.evaluation.refitted import Refitted
 from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
 from depthsearch.model.packing import PackedModel
@@ -29,6 +30,7 @@ from depthsearch.space import Hints, Mask, Status
 
 _STATE_EVERY_S = 2.0
 _CAPACITY_EVERY_S = 5.0
+_CONTROL_GRACE_S = 40.0
 _CONNECT_TRIES = 3
 _ROUNDING = 1e-6
 
@@ -62,10 +64,10 @@ class RayCrew:
         worker: type[Worker] = Worker,
     ) -> None:
         self._ours = _connect(settings)
+        self._lifeline = _lifeline(ours=self._ours and settings.address is None)
         self._workers = settings.workers
         self.settings = settings
         self._source = source
-        self._packed = None if packed is None else _put(packed)
         self._actor: Any = ray.remote(
             num_cpus=settings.num_cpus,
             num_gpus=settings.num_gpus,
@@ -80,11 +82,18 @@ class RayCrew:
         self._gone: list[Event] = []
         self._room = (0.0, 0)
         self.about: dict[str, dict[str, Any]] = {}
+        self._packed: Any = None
+        if packed is not None:
+            try:
+                self._packed = self._put(packed)
+            except ClusterError:
+                self.close()
+                raise
 
     def add_text(self, text: Text) -> None:
         """Make a text known, so that units may name it."""
         if text.name not in self._texts:
-            self._texts[text.name] = _put(text)
+            self._texts[text.name] = self._put(text)
 
     @property
     def capacity(self) -> int:
@@ -93,7 +102,9 @@ class RayCrew:
         if self._workers is not None:
             return self._workers
         asked, room = self._room
-        if time.monotonic() - asked > _CAPACITY_EVERY_S or room == 0:
+        stale = time.monotonic() - asked > _CAPACITY_EVERY_S or room == 0
+        self._lifeline.check(now=stale)
+        if stale and self._lifeline.heard:
             there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             need = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
             room = int(min(there.get(kind, 0) / n + _ROUNDING for kind, n in need.items() if n > 0))
@@ -125,7 +136,8 @@ class RayCrew:
             ray.kill(actor)
 
     def wait(self, timeout: float) -> Sequence[Event]:
-        """Collect what has ended."""
+        """Collect what has ended; raises ClusterError where Ray itself is gone."""
+        self._lifeline.check()
         if not self._tasks:
             time.sleep(min(timeout, 0.2))
             return ()
@@ -144,6 +156,17 @@ class RayCrew:
             self.kill(worker)
         if self._ours:
             ray.shutdown()
+
+    def _put(self, value: object) -> Any:
+        self._lifeline.check(now=True)
+        try:
+            return ray.put(value)
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            raise ClusterError(
+                "Ray's object store has no room for the model and the text, nor has the disk that "
+                "it falls back to: start the cluster with a larger object_store_memory, or set "
+                "cluster.weights=path"
+            ) from error
 
     def _event(self, task: Any) -> Event:
         worker, number = self._tasks.pop(task)
@@ -270,18 +293,23 @@ def _connect(settings: RaySettings) -> bool:
     if settings.address is not None:
         options["address"] = settings.address
     else:
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        # Without an address Ray would join RAY_ADDRESS, or what else runs on this machine.
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
         if settings.workers is not None:
             # Ray counts cores; workers that share them are the user's decision.
             options["num_cpus"] = max(
                 os.cpu_count() or 1, int(settings.workers * settings.num_cpus)
             )
-    problem: BaseException | None = None
+    problem: Exception | None = None
     for _ in range(_CONNECT_TRIES):
         try:
             ray.init(**options)
             return True
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        except Exception as error:  # noqa: BLE001 - Ray raises plain ones here
             # On a busy machine Ray's own servers may take longer to come up than it waits.
             ray.shutdown()
             problem = error
@@ -290,14 +318,18 @@ def _connect(settings: RaySettings) -> bool:
     raise ClusterError(f"Ray: {where} can't be reached or started: {_reason(problem)}") from problem
 
 
-def _put(value: object) -> Any:
-    try:
-        return ray.put(value)
-    except ObjectStoreFullError as error:
-        raise ClusterError(
-            "Ray's object store has no room for the model and the text: start the cluster with a "
-            "larger object_store_memory, or set cluster.weights=path"
-        ) from error
+def _lifeline(*, ours: bool) -> Lifeline:
+    """What this process hangs on now that it is connected; nobody brings a GCS of `ours` back."""
+    context: Any = ray.get_runtime_context()
+    here = context.get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    mine = next((node for node in nodes if node["NodeID"] == here), None)
+    host, _, port = str(context.gcs_address).rpartition(":")
+    return Lifeline(
+        None if mine is None else (str(mine["NodeManagerAddress"]), int(mine["NodeManagerPort"])),
+        (host.strip("[]"), int(port)),
+        0.0 if ours else _CONTROL_GRACE_S,
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from depthsearch.config import ModelConfig, RunConfig, SearchConfig
 from depthsearch.errors import ConfigError
-from depthsearch.evaluation.ray_environment import stay_local
+from depthsearch.evaluation.ray_environment import spare_dumps, stay_local
 from depthsearch.model.load import LoadedModel
 from depthsearch.sources import is_path
 
@@ -89,8 +89,10 @@ def check_cluster(config: RunConfig) -> None:
             "cluster.backend is ray, which is not installed: pip install 'depthsearch[ray]', or "
             "set cluster.backend=in-process"
         )
-    if config.cluster.backend == "ray" and config.cluster.address is None:
-        stay_local()
+    if config.cluster.backend == "ray":
+        spare_dumps()
+        if config.cluster.address is None:
+            stay_local()
     if config.model.streamed:
         _check_streamed(config)
 

@@ -1,0 +1,209 @@
+"""What the Ray backend costs beside this process, with one worker of one thread each.
+
+    python benchmarks/overhead.py [--rounds 12] [--batches 4] [--unit 0.5] [--out FILE]
+
+The same masks on the same batches, as units of about `--unit` seconds, in turns through this
+process and through a Ray worker on this machine; losses must be equal bit for bit. Once as a search
+does it, which knows the next batches: round by round. And once with every unit asked for only when
+the one before is done, so that nothing hides the way to the worker and back: unit by unit, together
+with how long that way is, which is the time that the worker did not spend on computing. Prints one
+JSON document; exits with 1 if losses differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from depthsearch.config import load_config
+from depthsearch.evaluation import Backend
+from depthsearch.run.session import Session
+from depthsearch.space import Mask
+from random_workplace import write_workplace
+
+BATCH_TOKENS = 256
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+SHARE_KEPT = 0.75
+MOST_MASKS = 512
+TRIED = 64
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--unit", type=float, default=0.5)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    # Ray's workers give way to all else on the machine; here both sides have equal rights to it.
+    os.environ |= {"RAY_worker_niceness": "0"}
+    with tempfile.TemporaryDirectory() as scratch:
+        result = measure(chosen, Path(scratch))
+    text = json.dumps(result, indent=2)
+    print(text)
+    if chosen.out is not None:
+        chosen.out.write_text(text + "\n", encoding="utf-8")
+    if not result["losses_equal"]:
+        sys.exit(1)
+
+
+def measure(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Both backends on the same work, in turns."""
+    settings = {
+        "model": {"dtype": "float32", "device": "cpu"},
+        "calibration": {
+            "window_tokens": 64,
+            "batch_tokens": BATCH_TOKENS,
+            "select_tokens": BATCH_TOKENS * chosen.batches,
+            "finals_tokens": 64,
+            "heldout_tokens": 64,
+        },
+        "search": {"max_evaluations": 10},
+        "cluster": {"backend": "ray", "workers": 1, "threads": 1},
+    }
+    path = write_workplace(scratch, SIZES, settings)
+    session = Session.open(load_config(path))
+    try:
+        windows = session.splits(0).select
+        one_process = replace(session, config=load_config(path, ["cluster.backend=in-process"]))
+        here = one_process.backend(windows, 0)
+        backends = {"here": here, "ray": session.backend(windows, 0)}
+        masks = offspring(len(session.space.sites), MOST_MASKS)
+        # The first time includes the dense pass that records the batch.
+        tries = [timed(here, masks[:TRIED], [0])[0] for _ in range(4)]
+        count = min(MOST_MASKS, max(1, round(TRIED * chosen.unit / min(tries))))
+        cluster = session.workers.cluster
+        assert cluster is not None
+        batches = range(chosen.batches)
+        found = {
+            "as_a_search_asks": compare(backends, masks[:count], [batches] * chosen.rounds),
+            "one_unit_at_a_time": compare(
+                backends,
+                masks[:count],
+                [[batch] for _ in range(chosen.rounds) for batch in batches],
+                lambda: sum(worker["busy_s"] for worker in cluster.dispatcher.state()["workers"]),
+            ),
+        }
+        signature = session.signature(session.splits(0), 0)
+    finally:
+        session.close()
+    return {
+        "benchmark": "overhead",
+        "signature": signature
+        | {
+            "ray": version("ray"),
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        },
+        "sizes": SIZES,
+        "masks_a_unit": count,
+        "units_a_round": chosen.batches,
+        "rounds": chosen.rounds,
+        "losses_equal": all(part.pop("equal") for part in found.values()),
+        **found,
+    }
+
+
+def compare(
+    backends: dict[str, Backend],
+    masks: Sequence[Mask],
+    turns: Sequence[Sequence[int]],
+    busy_s: Callable[[], float] | None = None,
+) -> dict[str, Any]:
+    """The batches of each turn through one backend, then through the other.
+
+    `busy_s` tells how long workers have computed so far.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
+    ways: list[float] = []
+    equal = True
+    for backend in backends.values():
+        timed(backend, masks, sorted({batch for turn in turns for batch in turn}))
+    for number, turn in enumerate(turns):
+        losses = {}
+        for name in list(backends) if number % 2 else list(reversed(backends)):
+            before = busy_s() if busy_s is not None else 0.0
+            took, losses[name] = timed(backends[name], masks, turn)
+            seconds[name].append(took)
+            if name == "ray" and busy_s is not None:
+                ways.append(took - (busy_s() - before))
+        equal = equal and losses["here"] == losses["ray"]
+    ratios = [there / here for here, there in zip(*seconds.values(), strict=True)]
+    result: dict[str, Any] = {
+        "equal": equal,
+        "turns": len(turns),
+        "unit_seconds": round(statistics.median(seconds["here"]) / len(turns[0]), 3),
+        "overhead_percent": {
+            "min": percent(min(ratios)),
+            "median": percent(statistics.median(ratios)),
+            "max": percent(max(ratios)),
+            "of the medians": percent(
+                statistics.median(seconds["ray"]) / statistics.median(seconds["here"])
+            ),
+            "of all turns": percent(sum(seconds["ray"]) / sum(seconds["here"])),
+        },
+        "turn_seconds": {name: [round(s, 2) for s in took] for name, took in seconds.items()},
+    }
+    if ways:
+        way = statistics.median(ways)
+        result["way_ms"] = {
+            "min": round(1000 * min(ways), 1),
+            "median": round(1000 * way, 1),
+            "max": round(1000 * max(ways), 1),
+        }
+        result["way_percent_of_a_unit"] = round(100 * way / result["unit_seconds"], 2)
+    return result
+
+
+def percent(ratio: float) -> float:
+    """What a ratio is above 1."""
+    return round(100 * (ratio - 1), 1)
+
+
+def timed(
+    backend: Backend, masks: Sequence[Mask], batches: Sequence[int]
+) -> tuple[float, list[Any]]:
+    """Seconds and losses of these masks on some batches, the later ones announced."""
+    start = time.perf_counter()
+    losses = [
+        backend.run(batch, masks, batches[place + 1 :]).losses
+        for place, batch in enumerate(batches)
+    ]
+    return time.perf_counter() - start, losses
+
+
+def offspring(sites: int, count: int) -> list[Mask]:
+    """Distinct masks, one swap away from one another."""
+    rng = np.random.default_rng(0)
+    dropped = rng.choice(sites, round((1 - SHARE_KEPT) * sites), replace=False)
+    parent = Mask.dropping(sites, dropped.tolist())
+    found: dict[Mask, None] = {}
+    while len(found) < count:
+        back, gone = (rng.choice(part) for part in (parent.dropped, parent.kept))
+        parent = parent.with_([int(back)]).without([int(gone)])
+        found[parent] = None
+    return list(found)
+
+
+if __name__ == "__main__":
+    main()
