@@ -55,6 +55,9 @@ class Table:
     def plan(self, masks: Sequence[Mask]) -> float:
         return float(SEQUENCES * TOKENS * len(masks))
 
+    def prepare(self, masks: Sequence[Mask]) -> float:
+        return 0.0
+
     def hints(self) -> tuple[Hints, float]:
         raise AssertionError("a race needs no hints")
 

@@ -39,6 +39,7 @@ from depthsearch.space import Mask, Status
 pytestmark = pytest.mark.timeout(900)
 
 REPAIRED = "evolution on repaired masks"
+TABLED = "evolution on masks with repairs looked up"
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,8 @@ def on_ray(workplace: Path, method: str = "evolution", **cluster: object) -> Run
     settings: dict[str, object] = {"method": method, "max_evaluations": 20, "finalists": 2}
     if method == REPAIRED:
         settings |= {"method": "evolution", "repair": "gap", "finish": "sequential"}
+    if method == TABLED:
+        settings |= {"method": "evolution", "repair": "table"}
     return workplace_config(
         workplace,
         search=settings,
@@ -79,7 +82,7 @@ def crew_of(session: Session) -> RayCrew:
 def undisturbed(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every method's run in this process."""
     runs = {}
-    for method in (*SEARCHERS, REPAIRED):
+    for method in (*SEARCHERS, REPAIRED, TABLED):
         config = on_ray(workplace, method)
         config = config.model_copy(
             update={"cluster": config.cluster.model_copy(update={"backend": "in-process"})}

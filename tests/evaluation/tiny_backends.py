@@ -29,6 +29,7 @@ def tiny_backend(
     positions: float = 0.5,
     seed: int = 0,
     blocks: int = 4,
+    fit: torch.Tensor | None = None,
 ) -> InProcess:
     """A backend over batches of two sequences (the last of one), in the mode the check finds."""
     model = tiny_model(model_type, blocks, dtype) if model is None else model
@@ -42,6 +43,7 @@ def tiny_backend(
         batch_tokens=batch_tokens,
         positions=positions,
         seed=seed,
+        fit=fit,
     )
 
 

@@ -93,6 +93,28 @@ def test_a_stopped_search_is_continued_to_the_same_weights(
         assert (run / name).read_bytes() == (finished / name).read_bytes()
 
 
+def test_repairs_looked_up_cost_the_same_when_a_search_goes_on(
+    workplace: Path, tmp_path: Path
+) -> None:
+    space = {"granularity": "sublayer", "budget": {"drop_sites": 2}}
+    chosen = SEARCH | {"method": "evolution", "repair": "table", "max_evaluations": 30}
+    config = configured(workplace, search=chosen, space=space)
+    session = Session.open(config)
+    search(config, tmp_path / "whole", session=session)
+    expected = without_times(read_journal(tmp_path / "whole" / JOURNAL))
+    lines = (tmp_path / "whole" / JOURNAL).read_bytes().splitlines(keepends=True)
+    for kept in range(2, len(lines), 2):
+        run = tmp_path / str(kept)
+        run.mkdir()
+        (run / CONFIG).write_bytes((tmp_path / "whole" / CONFIG).read_bytes())
+        (run / JOURNAL).write_bytes(b"".join(lines[:kept]))
+        resume(run, session=session)
+        assert without_times(read_journal(run / JOURNAL)) == expected
+    best = best_of(tmp_path / "whole")
+    assert best["repair"]["kind"] == "sequential"
+    assert "candidates repaired (table) on 8 fit windows" in best["signature"]["protocol"]
+
+
 def test_fit_text_is_nobody_elses(session: Session) -> None:
     splits = session.splits(0)
     assert splits.fit.numel() == 512
@@ -123,6 +145,7 @@ def test_a_comparison_judges_each_arm_with_its_own_weights(
         "cut": {"method": "windows"},
         "afterwards": {"method": "windows", "finish": "gap"},
         "inside": {"method": "windows", "repair": "gap"},
+        "looked up": {"method": "windows", "repair": "table"},
     }
     plain = {"max_evaluations": 12, "finalists": 2}
     config = configured(
@@ -132,7 +155,7 @@ def test_a_comparison_judges_each_arm_with_its_own_weights(
     found = {arm["name"]: arm for arm in result["arms"]}
     assert found["cut"]["repair"] is None
     assert found["cut"]["heldout_kl"] == found["cut"]["cut_kl"]
-    for name in ("afterwards", "inside"):
+    for name in ("afterwards", "inside", "looked up"):
         assert found[name]["repair"]["kind"] == "gap"
         assert found[name]["heldout_kl"] < found[name]["cut_kl"]
     assert found["afterwards"]["cost_tokens"] < found["inside"]["cost_tokens"]

@@ -46,7 +46,8 @@ def _frozen(value: object) -> object:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
 Tokens = Annotated[Whole, Field(ge=2)]
-Repair = Literal["none", "gap", "sequential"]
+Repair = Literal["none", "table", "gap", "sequential"]
+Finish = Literal["none", "gap", "sequential"]
 
 
 def parse_amount(text: str, metric: str) -> int:
@@ -263,17 +264,20 @@ class SearchConfig(_Section):
     batch: Count | None = None
     """candidates asked for at once; the searcher's own choice when left out"""
     repair: Repair = "none"
-    """what is refitted before a mask is judged: nothing; the output projection before each gap; or
-    also every one after the first gap"""
-    finish: Repair | None = None
-    """the same for the finalists and the result; left out: as in the search"""
+    """what is refitted before a mask is judged: nothing; the output projection before each gap,
+    once in a search for each gap and then looked up (table), or for each mask anew (gap); or also
+    every projection after the first gap (sequential)"""
+    finish: Finish | None = None
+    """the same for the finalists and the result; left out: as in the search, gap for table"""
     options: dict[str, Any] = {}
     """settings of the searcher itself"""
 
     @property
-    def finished(self) -> Repair:
+    def finished(self) -> Finish:
         """How the finalists and the result are repaired."""
-        return self.repair if self.finish is None else self.finish
+        if self.finish is None:
+            return "gap" if self.repair == "table" else self.repair
+        return self.finish
 
 
 class CompareConfig(_Section):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from depthsearch.evaluation.prefix import executed_sites
+from depthsearch.evaluation.turns import Repair
 from depthsearch.model.anatomy import Anatomy
 from depthsearch.model.costs import cost_table, head_flops
 from depthsearch.model.replay import Mode
@@ -19,7 +20,7 @@ class Accounting:
     """FLOPs of the parts of one model for one token, and what is executed for a set of masks.
 
     One cost_token is the FLOPs of one token through all sites and the head. `looked_at` are the
-    positions of each sequence that the head runs for.
+    positions of each sequence that the head runs for. Masks that are repaired share less.
     """
 
     site_flops: tuple[int, ...]
@@ -28,6 +29,7 @@ class Accounting:
     looked_at: int
     needs_teacher: bool
     mode: Mode
+    repair: Repair = "none"
 
     @classmethod
     def of(
@@ -57,7 +59,7 @@ class Accounting:
         """How often each site is run for these masks, at least one."""
         if self.mode is Mode.WHOLE:
             return [sum(mask.keep[i] for mask in masks) for i in range(len(masks[0]))]
-        return executed_sites(masks, width(self.mode))
+        return executed_sites(masks, width(self.mode), self.repair)
 
     def unit(self, executed: Sequence[int], masks: int, sequences: int) -> float:
         """One unit: `executed[site]` runs of each site, and the heads of `masks` masks."""

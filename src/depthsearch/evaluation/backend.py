@@ -58,6 +58,14 @@ class Backend(Protocol):
         """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
         ...
 
+    def prepare(self, masks: Sequence[Mask]) -> float:
+        """The part of `plan` that is paid once in a search, whenever it is first needed.
+
+        Called once for all masks of one ask, in the order of asks, whether they are evaluated now
+        or were before; from then on it is not part of `plan` any more. Computes nothing.
+        """
+        ...
+
     def hints(self) -> tuple[Hints, float]:
         """Similarities of the dense residual stream, and the `cost_tokens` they took."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from depthsearch.evaluation.stepping import Stepper
 from depthsearch.evaluation.turns import Turn, fitted_site
 from depthsearch.model.repair import (
     OPERATORS,
+    RIDGES,
     Normal,
     Patch,
     Projection,
@@ -20,13 +22,38 @@ from depthsearch.model.repair import (
     solved,
     token_weights,
 )
-from depthsearch.model.replay import Call
+from depthsearch.model.replay import Call, Replayer
 
 HELD_BACK = 5
 """One batch in so many is held back from a fit, to choose its ridge on."""
 
 States = tuple[Tensor, ...]
 """Hidden states `[sequence, window, hidden]` of every batch of the fit text."""
+
+
+@dataclass(frozen=True)
+class FitCost:
+    """FLOPs of fitting the projection of each site: for the Gram matrix, and for each target."""
+
+    normal: tuple[int, ...]
+    solve: tuple[int, ...]
+
+    @classmethod
+    def of(cls, replayer: Replayer, tokens: int) -> FitCost:
+        """Two per multiplication and addition of `tokens` tokens; a Cholesky factor a ridge.
+
+        Raises UnsupportedModelError for a model whose projections can't be refitted.
+        """
+        model, anatomy = replayer.model, replayer.anatomy
+        shapes = [projection_of(model, anatomy, site).weight.shape for site in anatomy.sites]
+        tries = len(RIDGES) + 1
+        return cls(
+            tuple(2 * tokens * wide * wide for _, wide in shapes),
+            tuple(
+                2 * tokens * wide * out + tries * (wide**3 // 3 + 4 * wide * wide * out)
+                for out, wide in shapes
+            ),
+        )
 
 
 class FitText:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,6 +17,7 @@ from depthsearch.evaluation.prefix import PrefixWalk
 from depthsearch.evaluation.samples import draw_samples, halved, unit_result
 from depthsearch.evaluation.similarity import HINT_BATCHES, Similarities
 from depthsearch.evaluation.stepping import Stepper
+from depthsearch.evaluation.tabled import RepairTable
 from depthsearch.evaluation.turns import Turn
 from depthsearch.model.anatomy import Anatomy
 from depthsearch.model.replay import Mode, Recording, Replayer
@@ -25,8 +28,9 @@ class InProcess:
     """Evaluates masks on windows `[sequence, window]` cut into batches of `batch_tokens`.
 
     `positions` is the share of positions of each sequence that the objective looks at, drawn once
-    from `seed`. `mode` is the finest exact replay, from the self-check. Raises DataError for no
-    windows or windows of fewer than two tokens.
+    from `seed`. `mode` is the finest exact replay, from the self-check. With windows `fit` each gap
+    of a mask is repaired as a `RepairTable` does. Raises DataError for no windows or windows of
+    fewer than two tokens.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class InProcess:
         batch_tokens: int = 1024,
         positions: float = 0.25,
         seed: int = 0,
+        fit: Tensor | None = None,
     ) -> None:
         self._device = next(model.parameters()).device
         self.samples = draw_samples(windows, batch_tokens, positions, seed, self._device)
@@ -56,6 +61,11 @@ class InProcess:
             needs_teacher=objective.needs_teacher,
             mode=mode,
         )
+        self._table: RepairTable | None = None
+        if fit is not None:
+            self.accounting = replace(self.accounting, repair="table")
+            stepper = Stepper(self.replayer, mode)
+            self._table = RepairTable(stepper, self.accounting, fit, batch_tokens)
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -69,8 +79,9 @@ class InProcess:
 
     @property
     def preparation(self) -> float:
-        """The `cost_tokens` of the one dense pass that records every batch."""
-        return self.accounting.preparation(sum(self.sequences))
+        """The `cost_tokens` of the dense passes that record every batch, and the fit text."""
+        fit = 0.0 if self._table is None else self._table.preparation
+        return self.accounting.preparation(sum(self.sequences)) + fit
 
     def run(
         self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
@@ -133,7 +144,12 @@ class InProcess:
 
     def plan(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
-        return self.accounting.plan(masks, self.sequences)
+        once = 0.0 if self._table is None else self._table.cost(masks)
+        return self.accounting.plan(masks, self.sequences) + once
+
+    def prepare(self, masks: Sequence[Mask]) -> float:
+        """The `cost_tokens` of the repairs that no mask needed before."""
+        return 0.0 if self._table is None else self._table.count(masks)
 
     def unit_cost(self, batch: int, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of one unit with nothing split or failing, nothing computed."""
@@ -147,12 +163,15 @@ class InProcess:
             for place, mask in enumerate(masks):
                 leaf(place, self.replayer.whole(recording, mask))
             return self.accounting.executed(masks)
-        stepper = Stepper(self.replayer, self.mode)
+        stepper, table = Stepper(self.replayer, self.mode), self._table
+        if table is not None:
+            table.fit(masks)
 
         def advance(step: int, turn: Turn, hidden: Tensor) -> Tensor:
-            return stepper.run(recording.calls, step, turn.kept, hidden)
+            with nullcontext() if table is None else table.applied(step, turn):
+                return stepper.run(recording.calls, step, turn.kept, hidden)
 
-        walk = PrefixWalk(stepper.steps, advance)
+        walk = PrefixWalk(stepper.steps, advance, self.accounting.repair)
         walk.run(masks, recording.first, leaf)
         return walk.executed
 

@@ -275,6 +275,10 @@ class RayBackend:
         """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
         return self._planner.plan(masks)
 
+    def prepare(self, masks: Sequence[Mask]) -> float:
+        """What `masks` need once, as the planner says."""
+        return self._planner.prepare(masks)
+
     def hints(self) -> tuple[Hints, float]:
         """Similarities of the dense residual stream, computed by the driver."""
         return self._planner.hints()

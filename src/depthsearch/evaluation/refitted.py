@@ -7,42 +7,20 @@ a set of masks, and a race between batches would save little.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from depthsearch.evaluation.accounting import Accounting, width
 from depthsearch.evaluation.backend import UnitResult
-from depthsearch.evaluation.fitting import FitText
+from depthsearch.evaluation.fitting import FitCost, FitText
 from depthsearch.evaluation.inprocess import InProcess
 from depthsearch.evaluation.refitting import Prefix, RefitWalk, Tally
 from depthsearch.evaluation.samples import halved, unit_result
 from depthsearch.evaluation.stepping import Stepper
 from depthsearch.evaluation.turns import Repair, steps_of
-from depthsearch.model.repair import RIDGES, Patch, Projection, projection_of
+from depthsearch.model.repair import Patch
 from depthsearch.space import Hints, Mask
-
-
-@dataclass(frozen=True)
-class RepairCost:
-    """FLOPs of fitting the projection of each site: for the Gram matrix, and for each target."""
-
-    normal: tuple[int, ...]
-    solve: tuple[int, ...]
-
-    @classmethod
-    def of(cls, projections: Sequence[Projection], tokens: int) -> RepairCost:
-        """Two per multiplication and addition of `tokens` tokens; a Cholesky factor a ridge."""
-        shapes = [projection.weight.shape for projection in projections]
-        tries = len(RIDGES) + 1
-        return cls(
-            tuple(2 * tokens * wide * wide for _, wide in shapes),
-            tuple(
-                2 * tokens * wide * out + tries * (wide**3 // 3 + 4 * wide * wide * out)
-                for out, wide in shapes
-            ),
-        )
 
 
 class Refitted:
@@ -58,11 +36,7 @@ class Refitted:
         self._repair: Repair = repair
         self._stepper = Stepper(judge.replayer, judge.mode)
         self._fit = FitText(self._stepper, fit, judge.batch_tokens, operator)
-        anatomy = judge.replayer.anatomy
-        self._cost = RepairCost.of(
-            [projection_of(judge.replayer.model, anatomy, site) for site in anatomy.sites],
-            self._fit.tokens,
-        )
+        self._cost = FitCost.of(judge.replayer, self._fit.tokens)
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -86,6 +60,10 @@ class Refitted:
     ) -> UnitResult:
         """Compute the one unit; out of memory splits the set, down to a quarantined mask."""
         return halved(self._run, masks)
+
+    def prepare(self, masks: Sequence[Mask]) -> float:
+        """Nothing that a unit does not count itself."""
+        return 0.0
 
     def plan(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of evaluating `masks`, nothing computed."""

@@ -113,6 +113,10 @@ class SpreadStreamed:
         """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
         return self._planner.plan(masks)
 
+    def prepare(self, masks: Sequence[Mask]) -> float:
+        """Nothing: no part of it is paid once."""
+        return 0.0
+
     def hints(self) -> tuple[Hints, float]:
         """Similarities of the dense residual stream, computed by this process."""
         return self._planner.hints()

@@ -172,6 +172,10 @@ class Streamed:
         kl, cross_entropy = (torch.cat(found, dim=1) for found in zip(*parts, strict=True))
         return kl, cross_entropy
 
+    def prepare(self, masks: Sequence[Mask]) -> float:
+        """Nothing: no part of it is paid once."""
+        return 0.0
+
     def hints(self) -> tuple[Hints, float]:
         """Similarities of the dense residual stream over the first batches.
 

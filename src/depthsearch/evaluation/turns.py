@@ -8,7 +8,7 @@ from typing import Literal
 
 from depthsearch.space import Mask
 
-Repair = Literal["none", "gap", "sequential"]
+Repair = Literal["none", "table", "gap", "sequential"]
 
 Step = tuple[int, ...]
 
@@ -32,9 +32,9 @@ def steps_of(sites: int, width: int) -> tuple[Step, ...]:
 def turns_of(mask: Mask, steps: Sequence[Step], repair: Repair = "none") -> tuple[Turn, ...]:
     """The turns of a mask, one a step.
 
-    `gap` refits what is run last before each gap, or first where the model begins with one;
-    `sequential` also everything after the first gap. A step that runs only a part of its sites has
-    a gap of its own, which its output mends.
+    `gap` refits what is run last before each gap, or first where the model begins with one, and so
+    does `table`, which looks it up; `sequential` refits also everything after the first gap. A step
+    that runs only a part of its sites has a gap of its own, which its output mends.
     """
     flags = [tuple(mask.keep[i] for i in step) for step in steps]
     if repair == "none":

@@ -157,7 +157,9 @@ class Worker:
         }
         if self._streamed is not None:
             return Streamed(self._streamed, **what, host_bytes=self._host_bytes)
-        here = InProcess(self._model, self._anatomy, **what)
-        if text.repair == "none":
-            return here
-        return Refitted(here, torch.from_numpy(text.fit.copy()), text.repair)
+        if text.fit is None:
+            return InProcess(self._model, self._anatomy, **what)
+        fit = torch.from_numpy(text.fit.copy())
+        if text.repair == "table":
+            return InProcess(self._model, self._anatomy, **what, fit=fit)
+        return Refitted(InProcess(self._model, self._anatomy, **what), fit, text.repair)

@@ -202,6 +202,8 @@ class SearchLoop:
             }
         )
 
+        once = self._select.prepare([proposal.mask for proposal in batch.proposals])
+
         def compute() -> dict[str, Any]:
             evaluations, cost = evaluate(
                 self._select,
@@ -209,14 +211,14 @@ class SearchLoop:
                 survivors=survivors,
                 rivals=[self._known[mask] for mask in batch.rivals if mask in self._known],
                 on_unit=lambda done, total, cost: self._report(
-                    "search", self._spent + cost, done / total, batch.proposals
+                    "search", self._spent + once + cost, done / total, batch.proposals
                 ),
             )
             return {
                 "op": "tell",
                 "id": number,
                 "evaluations": [evaluation.to_json() for evaluation in evaluations],
-                "cost_tokens": self._spent + cost,
+                "cost_tokens": self._spent + once + cost,
             }
 
         record = self._ledger.recall("tell", compute)

@@ -155,9 +155,13 @@ class Session:
         """
         objective = self.config.objective
         here: InProcess | Refitted | Streamed = self._here(
-            windows, OBJECTIVES[objective.kind](), objective.positions, seed
+            windows,
+            OBJECTIVES[objective.kind](),
+            objective.positions,
+            seed,
+            fit if repair == "table" else None,
         )
-        if repair != "none" and isinstance(here, InProcess):
+        if repair in ("gap", "sequential") and isinstance(here, InProcess):
             assert fit is not None
             here = Refitted(here, fit, repair)
         if self.config.cluster.backend == "in-process":
@@ -209,7 +213,12 @@ class Session:
         return self._here(windows, KLDivergence(), 1.0, 0)
 
     def _here(
-        self, windows: torch.Tensor, objective: Objective, positions: float, seed: int
+        self,
+        windows: torch.Tensor,
+        objective: Objective,
+        positions: float,
+        seed: int,
+        fit: torch.Tensor | None = None,
     ) -> InProcess | Streamed:
         what: dict[str, Any] = {
             "windows": windows,
@@ -221,7 +230,7 @@ class Session:
         }
         if self.streamed is not None:
             return Streamed(self.streamed, **what, host_bytes=host_bytes(self.config.model))
-        return InProcess(self.loaded.model, self.anatomy, **what)
+        return InProcess(self.loaded.model, self.anatomy, **what, fit=fit)
 
     @property
     def _repair_text(self) -> str:

@@ -1,0 +1,93 @@
+"""Repairs that are looked up: one refit for each gap, made on the dense model's own stream.
+
+What a mask drops elsewhere is left out of account, so a gap is fitted once in a search, on as much
+text as one likes, and from then on a repaired evaluation costs what a plain one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+
+from depthsearch.evaluation.accounting import Accounting
+from depthsearch.evaluation.fitting import FitCost, FitText
+from depthsearch.evaluation.stepping import Stepper
+from depthsearch.evaluation.turns import Turn, fitted_site, turns_of
+from depthsearch.model.repair import Patch, patched
+from depthsearch.space import Mask
+
+Gap = tuple[int, Turn]
+"""The step that mends a gap, and its turn, which names where the gap ends."""
+
+
+class RepairTable:
+    """The refitted projection of every gap asked for, fitted on the windows `fit`.
+
+    Raises UnsupportedModelError for a model that can't be repaired.
+    """
+
+    def __init__(
+        self, stepper: Stepper, accounting: Accounting, fit: Tensor, batch_tokens: int
+    ) -> None:
+        self._stepper = stepper
+        self._accounting = accounting
+        self._fit = FitText(stepper, fit, batch_tokens)
+        self._cost = FitCost.of(stepper.replayer, self._fit.tokens)
+        self._patches: dict[Gap, Patch | None] = {}
+        self._counted: set[Gap] = set()
+
+    @property
+    def preparation(self) -> float:
+        """The `cost_tokens` of the dense pass over the fit text."""
+        accounting = self._accounting
+        return self._fit.tokens * sum(accounting.site_flops) / accounting.dense_flops
+
+    def cost(self, masks: Sequence[Mask]) -> float:
+        """The `cost_tokens` of the gaps of `masks` that were not counted yet."""
+        flops = 0
+        for (step, kept), targets in _by_gram(self._gaps(masks) - self._counted).items():
+            site = fitted_site(self._stepper.steps[step], Turn(kept))
+            flops += self._fit.tokens * self._accounting.site_flops[site]
+            flops += self._cost.normal[site] + len(targets) * self._cost.solve[site]
+        return flops / self._accounting.dense_flops
+
+    def count(self, masks: Sequence[Mask]) -> float:
+        """`cost`, and they count as fitted from now on."""
+        cost = self.cost(masks)
+        self._counted |= self._gaps(masks)
+        return cost
+
+    def fit(self, masks: Sequence[Mask]) -> None:
+        """Fit what is missing for `masks`, with one Gram matrix for all gaps after one step."""
+        missing = self._gaps(masks) - self._patches.keys()
+        for (step, kept), targets in sorted(_by_gram(missing).items()):
+            states = self._fit.dense(step)
+            found = self._fit.fit(step, kept, sorted(targets), states)
+            self._patches |= {(step, turn): patch for turn, patch in found.items()}
+
+    def applied(self, step: int, turn: Turn) -> AbstractContextManager[None]:
+        """The model with the repair of one turn, where there is one."""
+        patch = self._patches[step, turn] if turn.target is not None else None
+        if patch is None:
+            return nullcontext()
+        replayer = self._stepper.replayer
+        return patched(replayer.model, replayer.anatomy, [patch])
+
+    def _gaps(self, masks: Sequence[Mask]) -> set[Gap]:
+        return {
+            (step, turn)
+            for mask in masks
+            for step, turn in enumerate(turns_of(mask, self._stepper.steps, "table"))
+            if turn.target is not None
+        }
+
+
+def _by_gram(gaps: set[Gap]) -> dict[tuple[int, tuple[bool, ...]], list[int]]:
+    """The targets of `gaps` by what is fitted towards them."""
+    found: dict[tuple[int, tuple[bool, ...]], list[int]] = {}
+    for step, turn in gaps:
+        assert turn.target is not None
+        found.setdefault((step, turn.kept), []).append(turn.target)
+    return found
