@@ -96,9 +96,6 @@ class TestReading:
         assert lost > 0
         assert asked.raced
         assert asked.masks == sum(len(told) for told in tells)
-        assert asked.pairs == sum(
-            math.ceil(len(e["losses"]) / ROWS) for told in tells for e in told
-        )
 
     def test_a_search_without_races_judges_all_on_everything(
         self, workplace: Path, tmp_path: Path
@@ -107,7 +104,6 @@ class TestReading:
         asked = read_asked(run)
         assert {ask.lasts for ask in asked.asks} == {None}
         assert not asked.raced
-        assert asked.pairs == asked.masks * asked.batches
         assert not any("racing" in setting for setting in asked.for_more)
 
     @pytest.mark.parametrize(
@@ -126,7 +122,6 @@ class TestReading:
         asked = read_asked(run)
         assert asked.batches == batches
         assert asked.raced == (repair == "table")
-        assert asked.pairs == asked.masks * batches or repair == "table"
         assert ("search.repair=table" in asked.for_more) == (batches == 1)
         notes = feeding(run, (1, 2))["notes"]
         assert any("fits of gaps" in note for note in notes) == (repair == "table")
