@@ -24,7 +24,9 @@ from depthsearch import __version__
 from depthsearch.cli import main
 from depthsearch.journal import read_journal, without_times
 
-COMMANDS = ("inspect", "search", "resume", "compare", "export", "evaluate", "report", "watch")
+COMMANDS = (
+    "inspect", "search", "resume", "compare", "export", "evaluate", "report", "watch", "feed",
+)  # fmt: skip
 LONG = {"method": "evolution", "max_evaluations": 120, "finalists": 4}
 LONG_SETTINGS: dict[str, Any] = {
     "search": LONG,

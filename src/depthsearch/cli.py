@@ -221,6 +221,27 @@ def watch(
             _fail("no longer watching; the search itself is not touched", _INTERRUPTED)
 
 
+@app.command()
+def feed(
+    run: Run,
+    workers: Annotated[
+        str, typer.Option(help="Numbers of workers to try.")
+    ] = "1,2,4,8,16,32,64,128,256",
+    as_json: Json = False,
+) -> None:
+    """Tell how many workers a search could have fed, from the journal of its run.
+
+    Simulates them on what the search asked for, finished or not; needs no model and no cluster.
+    """
+    from depthsearch.run.feeding import feeding, parse_counts
+    from depthsearch.terminal import feeding_table, stage_bar
+
+    counts = parse_counts(workers)
+    with stage_bar() as bar:
+        found = feeding(run, counts, lambda done, total: bar("simulating", done, total))
+    _show(found, as_json, lambda data: [feeding_table(data), data["verdict"], *data["notes"]])
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,

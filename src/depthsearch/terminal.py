@@ -138,6 +138,17 @@ def compare_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def feeding_table(found: Mapping[str, Any]) -> Table:
+    """What each number of workers would have reached in a search."""
+    table = Table(title=f"{found['masks']} masks in {found['asks']} asks, simulated")
+    for title in ("workers", "busy", "sharing", "speed-up"):
+        table.add_column(title, justify="right")
+    for row in found["workers"]:
+        shares = (f"{100 * row[key]:.0f} %" for key in ("busy", "sharing"))
+        table.add_row(str(row["workers"]), *shares, f"{row['speed_up']:.1f}")
+    return table
+
+
 def figures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Measured models side by side, with the ratio where there are two."""
     table = Table(title="Measured in one run")

@@ -73,3 +73,16 @@ def test_a_race_feeds_fewer_workers_than_the_same_masks_to_the_end() -> None:
     assert len(raced.on(3)) == 32
     assert len(raced.on(4)) == 4
     assert efficiency([raced], 32, 32).total < efficiency([ask], 32, 32).total
+
+
+def test_batches_that_no_ask_reaches_count_for_nobody() -> None:
+    ask = ASKS[0]
+    raced = Ask(ask.masks, (1,) * len(ask.masks))
+    assert efficiency([raced], 8, 1) == efficiency([raced], 1, 1)
+    assert efficiency([raced], 8, 4).sharing <= 1
+
+
+def test_each_ask_is_followed_for_each_number_of_workers() -> None:
+    seen: list[None] = []
+    workers_fed(ASKS, 2, (1, 2, 4, 8), on_ask=lambda: seen.append(None))
+    assert len(seen) == 4 * len(ASKS)

@@ -112,6 +112,7 @@ def test_the_report_of_a_finished_run(
         "sha256:4f1c",
         "dtype: bfloat16",
         "Exported to small <1>.",
+        "depthsearch feed RUN says how many workers",
     ):
         assert part in page.text
     assert "best baseline (window" in page.text or "itself a baseline" in page.text

@@ -7,7 +7,7 @@ takes as long as its work, with a random spread. Nothing is sent anywhere and no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -27,6 +27,8 @@ TOTAL = 0.8
 
 _TEXT = "text"
 _FASTEST = 0.05
+_SUBLAYER_S = 1e-6
+"""So short that the dispatcher, which looks for the dead once a second, hardly ever does."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,18 @@ class Efficiency:
 
 
 def efficiency(
-    asks: Sequence[Ask], batches: int, workers: int, *, spread: float = 0.2, seed: int = 0
+    asks: Sequence[Ask],
+    batches: int,
+    workers: int,
+    *,
+    spread: float = 0.2,
+    seed: int = 0,
+    on_ask: Callable[[], None] | None = None,
 ) -> Efficiency:
     """A search of `asks`, each on `batches` batches, simulated with `workers` workers.
 
-    `spread` is the standard deviation of a unit's time, relative to its work.
+    `spread` is the standard deviation of a unit's time, relative to its work. `on_ask()` follows
+    each ask.
     """
     work = 0
 
@@ -78,21 +87,25 @@ def efficiency(
         nonlocal work
         found = _work(unit.masks)
         work += found
-        return found * max(_FASTEST, 1 + spread * float(rng.standard_normal()))
+        return _SUBLAYER_S * found * max(_FASTEST, 1 + spread * float(rng.standard_normal()))
 
     dense = len(asks[0].masks[0])
-    crew = SimulatedCrew(workers, _nothing, seconds, seed=seed, record_s=float(dense))
+    crew = SimulatedCrew(workers, _nothing, seconds, seed=seed, record_s=_SUBLAYER_S * dense)
     dispatcher = Dispatcher(crew, Limits(unit_timeout_s=1e12), clock=crew.clock)
     dispatcher.start()
-    alone = dense * batches
+    alone = met = 0
     for ask in asks:
         for batch in range(batches):
             masks = ask.on(batch)
             if not masks:
                 break
             alone += _work(masks)
+            met = max(met, batch + 1)
             ahead = range(batch + 1, batches)
             dispatcher.compute(_TEXT, batch, masks, ahead, sure=ask.lasts is None)
+        if on_ask is not None:
+            on_ask()
+    alone += dense * met
     work += dense * crew.recorded
     return Efficiency(workers, crew.busy_s / (workers * crew.now), alone / work)
 
@@ -141,9 +154,15 @@ def workers_fed(
     *,
     spread: float = 0.2,
     seed: int = 0,
+    on_ask: Callable[[], None] | None = None,
 ) -> Fed:
-    """How many workers of `counts`, ascending, a search of `asks` on `batches` batches can feed."""
-    tried = tuple(efficiency(asks, batches, n, spread=spread, seed=seed) for n in counts)
+    """How many workers of `counts`, ascending, a search of `asks` on `batches` batches can feed.
+
+    `on_ask()` follows each ask of each of the `counts`.
+    """
+    tried = tuple(
+        efficiency(asks, batches, n, spread=spread, seed=seed, on_ask=on_ask) for n in counts
+    )
     busy = takewhile(lambda found: found.busy >= BUSY, tried)
     total = takewhile(lambda found: found.total >= TOTAL, tried)
     return Fed(
