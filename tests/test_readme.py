@@ -80,7 +80,7 @@ def test_the_readme_names_both_scripts() -> None:
 def test_the_depthsearch_commands_run_in_order(folder: Path) -> None:
     wanted = [command for command in commands() if command.startswith("depthsearch ")]
     assert {command.split()[1] for command in wanted} >= {
-        "inspect", "search", "watch", "resume", "export", "evaluate", "compare", "report",
+        "inspect", "search", "watch", "feed", "resume", "export", "evaluate", "compare", "report",
     }  # fmt: skip
     for command in wanted:
         words = command.split()
