@@ -1,4 +1,4 @@
-"""Refitting projections: the algebra, and the model that stays as it was."""
+"""What repairs change: which weight of a sublayer, and the model that stays as it was."""
 
 from __future__ import annotations
 
@@ -8,121 +8,79 @@ from tests.tiny_models import tiny_model
 
 from depthsearch.errors import UnsupportedModelError
 from depthsearch.model.anatomy import describe
-from depthsearch.model.repair import (
-    OPERATORS,
-    RIDGES,
-    Normal,
-    Patch,
-    patched,
-    projection_of,
-    solved,
-    token_weights,
-)
+from depthsearch.model.families import FAMILIES
+from depthsearch.model.repair import Patch, Projection, patched, projection_of
 
-TOKENS = 400
+NORM_AFTER = [name for name, row in FAMILIES.items() if row.norm_after]
 
 
-def problem(family: str, noise: float = 0.0, seed: int = 0):
-    """A projection, its inputs, and what the stream lacks: a change of the weight, and noise."""
+def projection_at(family: str, site: int = 2) -> tuple[Projection, torch.nn.Module]:
     model = tiny_model(family)
     anatomy = describe(model)
-    projection = projection_of(model, anatomy, anatomy.sites[3])
-    rng = torch.Generator().manual_seed(seed)
-    out, wide = projection.weight.shape
-    inputs = torch.randn(2, TOKENS, wide, generator=rng)
-    change = torch.randn(out, wide, generator=rng)
-    lacking = inputs @ change.T + noise * torch.randn(2, TOKENS, out, generator=rng)
-    return projection, inputs, lacking, change
+    return projection_of(model, anatomy, anatomy.sites[site]), model
 
 
-def normals(projection, inputs, lacking) -> tuple[Normal, Normal]:
-    pair = Normal(projection, [5]), Normal(projection, [5])
-    for part, z, lack in zip(pair, inputs, lacking, strict=True):
-        part.add(z, {5: lack}, torch.ones(TOKENS))
-    return pair
+@pytest.mark.parametrize("site", [2, 3])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_what_is_fitted_times_its_regressors_is_what_the_sublayer_writes(
+    family: str, site: int
+) -> None:
+    projection, model = projection_at(family, site)
+    anatomy = describe(model)
+    seen: list[torch.Tensor] = []
+    written: list[torch.Tensor] = []
+
+    def after(_: object, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen.append(args[0].flatten(0, -2))
+        written.append(output.flatten(0, -2))
+
+    hook = projection.module.register_forward_hook(after)
+    model(input_ids=torch.arange(20).unsqueeze(0))
+    hook.remove()
+    z, values = projection.regressors(seen[0]), projection.stacked.float()
+    if projection.is_norm:
+        values = values + projection.offset
+    assert projection.is_norm == anatomy.stack.row.norm_after
+    assert projection.shape == tuple(projection.stacked.shape)
+    torch.testing.assert_close(z * values if projection.is_norm else z @ values, written[0])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "cohere"])
-def test_a_change_that_is_there_is_found(family: str) -> None:
-    projection, inputs, lacking, change = problem(family)
-    patch = solved(projection, *normals(projection, inputs, lacking), 5, OPERATORS["refit"])
-    assert patch is not None
-    assert (patch.site, patch.ridge) == (3, RIDGES[0])
-    found = patch.weight - projection.weight
-    assert (found - change).norm() < 0.05 * change.norm()
-    assert patch.left < 0.03
-    assert (patch.bias is None) == (projection.bias is None)
+@pytest.mark.parametrize(("family", "offset"), [("gemma2", 1.0), ("olmo2", 0.0), ("llama", 0.0)])
+def test_what_a_norm_adds_to_its_weight_is_found(family: str, offset: float) -> None:
+    assert projection_at(family)[0].offset == offset
 
 
-def test_noise_asks_for_a_stronger_ridge_and_pure_noise_for_none() -> None:
-    projection, inputs, lacking, _ = problem("llama", noise=20.0)
-    patch = solved(projection, *normals(projection, inputs, lacking), 5, OPERATORS["refit"])
-    assert patch is not None
-    assert patch.ridge > RIDGES[0]
-    assert patch.left > 0.5
-    noise = torch.randn(lacking.shape, generator=torch.Generator().manual_seed(1))
-    assert solved(projection, *normals(projection, inputs, noise), 5, OPERATORS["refit"]) is None
-
-
-def test_a_ridge_in_the_end_leaves_the_old_weight() -> None:
-    projection, inputs, lacking, _ = problem("llama")
-    fit, _ = normals(projection, inputs, lacking)
-    changes = [OPERATORS["refit"](fit, 5, projection.weight.double().T, r) for r in (1e3, 1e9)]
-    assert changes[0] is not None
-    assert changes[1] is not None
-    assert float(changes[1].norm()) < 1e-4 * float(changes[0].norm())
-
-
-def test_a_bias_is_refitted_with_the_weight() -> None:
-    projection, inputs, _, _ = problem("gpt2")
-    lacking = torch.full((2, TOKENS, projection.weight.shape[0]), 3.0)
-    patch = solved(projection, *normals(projection, inputs, lacking), 5, OPERATORS["refit"])
-    assert patch is not None
-    assert patch.bias is not None
-    assert projection.bias is not None
-    assert float((patch.bias - projection.bias - 3).abs().max()) < 0.3
-
-
-@pytest.mark.parametrize("operator", ["map", "channel"])
-def test_smaller_operators_find_what_they_can_express(operator: str) -> None:
-    projection, inputs, _, _ = problem("llama")
-    out = projection.weight.shape[0]
-    rng = torch.Generator().manual_seed(2)
-    factor = (
-        torch.randn(out, out, generator=rng)
-        if operator == "map"
-        else torch.diag(torch.randn(out, generator=rng))
+@pytest.mark.parametrize("family", NORM_AFTER)
+def test_the_norm_behind_the_sublayer_is_refitted_and_no_other(family: str) -> None:
+    model = tiny_model(family)
+    block = describe(model).block_list(model)[1]
+    assert projection_of(model, describe(model), describe(model).sites[2]).module is (
+        block.post_attention_layernorm
     )
-    lacking = inputs @ (factor @ projection.weight).T
-    patch = solved(projection, *normals(projection, inputs, lacking), 5, OPERATORS[operator])
-    assert patch is not None
-    assert patch.left < 0.05
+    assert projection_of(model, describe(model), describe(model).sites[3]).module is (
+        block.post_feedforward_layernorm
+    )
 
 
-def test_an_ill_conditioned_fit_leaves_the_weight_alone() -> None:
-    projection, inputs, lacking, _ = problem("llama")
-    fit, held = normals(projection, inputs * 0, lacking)
-    assert solved(projection, fit, held, 5, OPERATORS["refit"]) is None
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_patch_of_the_weight_itself_is_that_weight(family: str) -> None:
+    projection, _ = projection_at(family)
+    patch = projection.patch(projection.stacked, 0.1, 0.5)
+    assert torch.equal(patch.weight, projection.weight)
+    assert (patch.bias is None) == (projection.bias is None)
+    assert patch.bias is None or torch.equal(patch.bias, projection.bias)
+    assert (patch.site, patch.ridge, patch.left) == (2, 0.1, 0.5)
 
 
-def test_weights_make_errors_relative() -> None:
-    dense = torch.tensor([[3.0, 4.0], [300.0, 400.0], [0.0, 0.0]])
-    weights = token_weights(dense)
-    assert float(weights[0] / weights[1]) == pytest.approx(1e4)
-    assert bool(weights.isfinite().all())
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_patched_restores_the_model_also_on_an_error(family: str) -> None:
-    model = tiny_model(family)
-    anatomy = describe(model)
+    projection, model = projection_at(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    projection = projection_of(model, anatomy, anatomy.sites[2])
     bias = None if projection.bias is None else projection.bias + 1
     patch = Patch(2, projection.weight * 2, bias, 0.1, 0.5)
 
     def fail_inside() -> None:
-        with patched(model, anatomy, [patch]):
+        with patched(model, describe(model), [patch]):
             assert torch.equal(projection.weight, patch.weight)
             assert projection.bias is None or torch.equal(projection.bias, bias)
             changed = [n for n, v in model.state_dict().items() if not torch.equal(v, before[n])]
@@ -134,9 +92,15 @@ def test_patched_restores_the_model_also_on_an_error(family: str) -> None:
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
-def test_a_norm_behind_the_sublayer_is_refused(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "path", "shape"),
+    [("llama", "self_attn.o_proj", "matrix"), ("gemma2", "post_attention_layernorm", "vector")],
+)
+def test_what_holds_no_such_weight_is_refused(family: str, path: str, shape: str) -> None:
     model = tiny_model(family)
     anatomy = describe(model)
-    with pytest.raises(UnsupportedModelError, match="norm behind each sublayer"):
-        projection_of(model, anatomy, anatomy.sites[0])
+    block = anatomy.block_list(model)[1]
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, torch.nn.Identity())
+    with pytest.raises(UnsupportedModelError, match=rf"'{path}' .* no {shape}.*repair to none"):
+        projection_of(model, anatomy, anatomy.sites[2])

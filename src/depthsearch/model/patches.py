@@ -1,4 +1,4 @@
-"""Refitted projections on disk: one safetensors file beside the result of a search."""
+"""Refitted weights on disk: one safetensors file beside the result of a search."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def save_patches(path: Path, patches: Sequence[Patch], anatomy: Anatomy, mask: M
 
 
 def load_patches(path: Path, anatomy: Anatomy, mask: Mask, sha256: str) -> tuple[Patch, ...]:
-    """The refitted projections of `mask`.
+    """The refitted weights of `mask`.
 
     Raises RunDirectoryError where the file is missing, damaged, or belongs to another mask.
     """

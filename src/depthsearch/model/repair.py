@@ -1,9 +1,9 @@
-"""Closed-form repair: output projections refitted so that a cut model follows the dense one.
+"""What repairs change: the last weight of a sublayer before its output joins the residual stream.
 
-A sublayer writes `z W^T` to the residual stream. Where sublayers after it are gone, W is refitted
-by ridge least squares, so that the stream comes as close as it can to the dense model's behind the
-gap. The new weight takes the place of the old one: no parameter is added and no format changes.
-Nearest in print: ReplaceMe (arXiv 2505.02819), which folds one map into one projection.
+A sublayer writes `z W^T` to the stream, so its output projection W is what is refitted. Where a
+norm stands between the two (Gemma 2 and 3, OLMo 2), the stream gets `norm(z W^T) * g`, which is not
+linear in W but is in the norm's weight g, channel by channel: there g is refitted. A new weight
+takes the place of the old one: no parameter is added and no format changes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,31 +19,35 @@ from depthsearch.errors import UnsupportedModelError
 from depthsearch.model.anatomy import Anatomy
 from depthsearch.space import Site
 
-RIDGES = (0.03, 0.1, 0.3, 1.0)
-"""Strengths tried on held-back tokens, relative to the mean of the Gram matrix' diagonal."""
-
 
 @dataclass(frozen=True)
 class Patch:
-    """A refitted output projection of one site: weight `[out, in]`, bias `[out]` where it has one.
+    """A refitted weight of one site, as `Projection.weight` and `bias` lay it out.
 
-    `left` is the share of the squared error of the stream that is left on tokens held back from
-    the fit, and `ridge` the strength chosen on them.
+    `[out, in]` for an output projection, `[channel]` for the norm behind one; a bias `[out]` where
+    there is one to refit. `left` is the share of the squared error of the stream that is left on
+    tokens held back from the fit, and `ridge` the strength chosen on them: None where nothing was
+    held back.
     """
 
     site: int
     weight: Tensor
     bias: Tensor | None
-    ridge: float
-    left: float
+    ridge: float | None
+    left: float | None
 
 
 @dataclass(frozen=True)
 class Projection:
-    """The module of one site that writes to the residual stream."""
+    """The module of one site that writes to the residual stream: a projection, or a norm."""
 
     site: Site
     module: nn.Module
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the module is a norm, whose weight holds one number a channel."""
+        return self.weight.ndim == 1
 
     @property
     def transposed(self) -> bool:
@@ -53,7 +56,7 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """`[out, in]`, whatever the module's own layout."""
+        """`[out, in]`, whatever the module's own layout; `[channel]` as stored for a norm."""
         weight = self._parameter("weight")
         assert weight is not None
         return weight.T if self.transposed else weight
@@ -63,39 +66,89 @@ class Projection:
         """`[out]`, None where there is none."""
         return self._parameter("bias")
 
+    @property
+    def offset(self) -> float:
+        """What the module adds to its weight before it multiplies: 1 in Gemma's norms, else 0."""
+        if not self.is_norm:
+            return 0.0
+        steps = torch.arange(1, len(self.weight) + 1, device=self.weight.device)
+        inputs = steps.float().unsqueeze(0)
+        added = self._with_weight(0.0, inputs) * self.regressors(inputs)
+        return float(added.sum() / self.regressors(inputs).square().sum())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `stacked`."""
+        if self.is_norm:
+            return tuple(self.weight.shape)
+        out, wide = self.weight.shape
+        return wide + (self.bias is not None), out
+
+    @property
+    def stacked(self) -> Tensor:
+        """What is fitted, in float64: `[in, out]` with the bias as one more row, or `[channel]`."""
+        weight = self.weight.double()
+        if self.is_norm:
+            return weight
+        rows = weight.T
+        return rows if self.bias is None else torch.cat([rows, self.bias.double().unsqueeze(0)])
+
+    def regressors(self, inputs: Tensor) -> Tensor:
+        """What `stacked` multiplies, in float32, for what the module is given `[token, in]`.
+
+        For a projection the inputs with a column of ones for its bias, `[token, in (+ 1)]`; for a
+        norm its output with every weight one, `[token, channel]`.
+        """
+        z = inputs.float()
+        if self.is_norm:
+            # A difference, since some norms add something to their weight or to their output.
+            return self._with_weight(1.0, z) - self._with_weight(0.0, z)
+        return z if self.bias is None else torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+
+    def patch(self, stacked: Tensor, ridge: float | None, left: float | None) -> Patch:
+        """The patch of new values laid out as `stacked`."""
+        dtype, bias = self.weight.dtype, None
+        if self.is_norm:
+            return Patch(self.site.index, stacked.to(dtype), None, ridge, left)
+        if self.bias is not None:
+            stacked, bias = stacked[:-1], stacked[-1].to(self.bias.dtype)
+        return Patch(self.site.index, stacked.T.to(dtype).contiguous(), bias, ridge, left)
+
+    def _with_weight(self, value: float, inputs: Tensor) -> Tensor:
+        weight = torch.full_like(self.weight, value, dtype=torch.float32)
+        found: Tensor = torch.func.functional_call(self.module, {"weight": weight}, (inputs,))
+        return found
+
     def _parameter(self, name: str) -> Tensor | None:
         found = getattr(self.module, name, None)
         return found.data if isinstance(found, nn.Parameter) else None
 
 
 def projection_of(model: nn.Module, anatomy: Anatomy, site: Site) -> Projection:
-    """The output projection of `site`.
+    """What a repair of `site` refits: its output projection, or the norm behind that.
 
-    Raises UnsupportedModelError where it is no matrix, or where a norm stands between it and the
-    residual stream, so that what it writes is not linear in its weight.
+    Raises UnsupportedModelError where the one is no matrix, or the other no vector.
     """
     row = anatomy.stack.row
-    names = (row.attention, row.attention_out)
+    names, norms = (row.attention, row.attention_out), row.attention_norms
     if site.kind == "ffn":
-        names = (row.ffn, row.ffn_out)
-    module = anatomy.block_list(model)[site.block].get_submodule(".".join(names))
-    weight = getattr(module, "weight", None)
+        names, norms = (row.ffn, row.ffn_out), row.ffn_norms
+    path, shape, dimensions = ".".join(names), "matrix", 2
     if row.norm_after:
+        path, shape, dimensions = norms[-1], "vector", 1
+    module = anatomy.block_list(model)[site.block].get_submodule(path)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != dimensions:
         raise UnsupportedModelError(
-            f"{anatomy.model_class} has a norm behind each sublayer, so its projections can't be "
-            "refitted in closed form yet: set search.repair to none"
-        )
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-        raise UnsupportedModelError(
-            f"{anatomy.model_class}: '{'.'.join(names)}' of {site.name} holds no matrix, so it "
-            "can't be refitted: set search.repair to none"
+            f"{anatomy.model_class}: '{path}' of {site.name} holds no {shape}, so it can't be "
+            "refitted: set search.repair to none"
         )
     return Projection(site, module)
 
 
 @contextmanager
 def patched(model: nn.Module, anatomy: Anatomy, patches: Sequence[Patch]) -> Iterator[None]:
-    """The model with refitted projections; restores the weights on leaving, also on an error."""
+    """The model with refitted weights; restores the old ones on leaving, also on an error."""
     saved: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for patch in patches:
@@ -110,125 +163,3 @@ def patched(model: nn.Module, anatomy: Anatomy, patches: Sequence[Patch]) -> Ite
     finally:
         for parameter, data in reversed(saved):
             parameter.data = data
-
-
-class Normal:
-    """Normal equations of one projection for several targets, summed over tokens in float64.
-
-    `gram` is `[in, in]`, `cross[target]` `[in, out]` of the inputs and what the stream lacks, and
-    `energy[target]` the summed square of what it lacks. A bias is one more input that is always 1.
-    """
-
-    def __init__(self, projection: Projection, targets: Sequence[int]) -> None:
-        outputs, inputs = projection.weight.shape
-        self._bias = projection.bias is not None
-        width = inputs + self._bias
-        like = torch.zeros((), dtype=torch.float64, device=projection.weight.device)
-        self.gram = like.new_zeros(width, width)
-        self.cross = {target: like.new_zeros(width, outputs) for target in targets}
-        self.energy = dict.fromkeys(targets, 0.0)
-
-    def add(self, inputs: Tensor, lacking: dict[int, Tensor], weights: Tensor) -> None:
-        """Add tokens: inputs `[token, in]`, `lacking[target]` `[token, out]`, weights `[token]`."""
-        root = weights.sqrt().unsqueeze(-1)
-        z = inputs.float()
-        if self._bias:
-            z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
-        z = z * root
-        self.gram += (z.T @ z).double()
-        for target, lack in lacking.items():
-            error = lack.float() * root
-            self.cross[target] += (z.T @ error).double()
-            self.energy[target] += float(error.double().square().sum())
-
-    def left(self, target: int, change: Tensor) -> float:
-        """The share of the error that is left with `change` `[in, out]` added to the weight."""
-        gained = 2 * (change * self.cross[target]).sum() - (change * (self.gram @ change)).sum()
-        return 1.0 - float(gained) / max(self.energy[target], 1e-300)
-
-
-class Operator(Protocol):
-    """A way to change a projection, given the normal equations of what the stream lacks."""
-
-    def __call__(self, normal: Normal, target: int, weight: Tensor, ridge: float) -> Tensor | None:
-        """The change `[in, out]` of a weight `[in, out]`, in float64; None if ill-conditioned."""
-        ...
-
-
-def refit(normal: Normal, target: int, weight: Tensor, ridge: float) -> Tensor | None:
-    """Ridge least squares for the whole matrix, pulled towards the old weight."""
-    return _solve(normal.gram, normal.cross[target], ridge)
-
-
-def folded_map(normal: Normal, target: int, weight: Tensor, ridge: float) -> Tensor | None:
-    """One `[out, out]` map behind the projection, folded into it (ReplaceMe, section 2)."""
-    gram = weight.T @ normal.gram @ weight
-    change = _solve(gram, weight.T @ normal.cross[target], ridge)
-    return None if change is None else weight @ change
-
-
-def per_channel(normal: Normal, target: int, weight: Tensor, ridge: float) -> Tensor | None:
-    """One factor for each output channel, for very little text."""
-    above = (weight * normal.cross[target]).sum(0)
-    below = (weight * (normal.gram @ weight)).sum(0)
-    factors: Tensor = above / (below + ridge * below.mean())
-    return weight * factors.unsqueeze(0)
-
-
-OPERATORS: dict[str, Operator] = {
-    "refit": refit,
-    "map": folded_map,
-    "channel": per_channel,
-}
-
-
-def solved(
-    projection: Projection, fit: Normal, held: Normal, target: int, operator: Operator
-) -> Patch | None:
-    """The projection refitted for one target, the ridge chosen on the tokens held back.
-
-    The chosen ridge is then used on all tokens. None where the weight is better left alone: where
-    no ridge lowers the error of the held-back tokens, or every solve is ill-conditioned.
-    """
-    weight, bias = projection.weight, projection.bias
-    old = weight.double().T
-    if bias is not None:
-        old = torch.cat([old, bias.double().unsqueeze(0)])
-    best: tuple[float, float] | None = None
-    for ridge in RIDGES:
-        change = operator(fit, target, old, ridge)
-        left = 1.0 if change is None else held.left(target, change)
-        if left < (1.0 if best is None else best[0]):
-            best = (left, ridge)
-    if best is None:
-        return None
-    left, ridge = best
-    total = Normal(projection, [target])
-    for part in (fit, held):
-        total.gram += part.gram
-        total.cross[target] += part.cross[target]
-    change = operator(total, target, old, ridge)
-    if change is None:
-        return None
-    new = old + change
-    new_bias = None
-    if bias is not None:
-        new, new_bias = new[:-1], new[-1].to(bias.dtype)
-    return Patch(projection.site.index, new.T.to(weight.dtype).contiguous(), new_bias, ridge, left)
-
-
-def token_weights(dense: Tensor) -> Tensor:
-    """Weights `[token]` that make errors relative: one over the mean square of `[token, hidden]`.
-
-    The norms of what follows are blind to the size of a token's stream, so a first token with
-    massive activations must count no more than any other.
-    """
-    return 1.0 / dense.float().square().mean(-1).clamp_min(1e-12)
-
-
-def _solve(gram: Tensor, right: Tensor, ridge: float) -> Tensor | None:
-    strength = ridge * gram.diagonal().mean()
-    factor, failed = torch.linalg.cholesky_ex(
-        gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    )
-    return None if int(failed) else torch.cholesky_solve(right, factor)
