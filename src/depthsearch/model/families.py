@@ -33,6 +33,11 @@ class FamilyRow:
         """Whether both sublayers read the same input."""
         return bool(self.shared_norms)
 
+    @property
+    def norm_before(self) -> bool:
+        """Whether every sublayer reads the residual stream through a norm."""
+        return self.parallel or len(self.attention_norms) > self.norm_after
+
 
 _PRE_NORM = FamilyRow("self_attn", "mlp", ("input_layernorm",), ("post_attention_layernorm",))
 _SANDWICH = FamilyRow(

@@ -114,6 +114,10 @@ class Projection:
             stacked, bias = stacked[:-1], stacked[-1].to(self.bias.dtype)
         return Patch(self.site.index, stacked.T.to(dtype).contiguous(), bias, ridge, left)
 
+    def divided(self, by: float) -> Patch:
+        """The patch with which what is written to the stream is divided by a number."""
+        return self.patch((self.stacked + self.offset) / by - self.offset, None, None)
+
     def _with_weight(self, value: float, inputs: Tensor) -> Tensor:
         weight = torch.full_like(self.weight, value, dtype=torch.float32)
         found: Tensor = torch.func.functional_call(self.module, {"weight": weight}, (inputs,))
