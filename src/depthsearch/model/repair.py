@@ -118,6 +118,7 @@ class Projection:
         """The patch with which what is written to the stream is divided by a number."""
         return self.patch((self.stacked + self.offset) / by - self.offset, None, None)
 
+    @torch.no_grad()
     def _with_weight(self, value: float, inputs: Tensor) -> Tensor:
         weight = torch.full_like(self.weight, value, dtype=torch.float32)
         found: Tensor = torch.func.functional_call(self.module, {"weight": weight}, (inputs,))
