@@ -59,7 +59,14 @@ def weight_ratio(judge: Any, patch: Patch) -> float:
     """What the patch divides by."""
     anatomy = judge.replayer.anatomy
     projection = projection_of(judge.replayer.model, anatomy, anatomy.sites[patch.site])
-    old, new = (w.double() + projection.offset for w in (projection.weight, patch.weight))
+    if projection.norm is None:
+        old, new = projection.weight.double(), patch.weight.double()
+    else:
+        assert torch.equal(patch.weight, projection.weight)
+        assert patch.norm is not None
+        with patched(judge.replayer.model, anatomy, [patch]):
+            new = projection.gains
+        old = projection.gains
     return float((old * new).sum() / new.square().sum())
 
 

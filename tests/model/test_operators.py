@@ -31,13 +31,11 @@ def problem(family: str, noise: float = 0.0, seed: int = 0) -> tuple[Any, ...]:
     anatomy = describe(model)
     projection = projection_of(model, anatomy, anatomy.sites[3])
     rng = torch.Generator().manual_seed(seed)
-    out, wide = (64, 64) if projection.is_norm else projection.weight.shape
+    out, wide = projection.weight.shape
     inputs = torch.randn(2, TOKENS, wide, generator=rng)
-    change = torch.randn(projection.weight.shape, generator=rng)
-    if projection.is_norm:
-        lacking = torch.stack([projection.regressors(z) for z in inputs]) * change
-    else:
-        lacking = inputs @ change.T
+    change = torch.randn(out, wide, generator=rng)
+    x = torch.stack([projection.regressors(z)[:, :wide] for z in inputs])
+    lacking = x @ (change * projection.gains.float().unsqueeze(1)).T
     lacking += noise * torch.randn(2, TOKENS, out, generator=rng)
     return projection, inputs, lacking, change
 
@@ -66,7 +64,8 @@ def test_a_change_that_is_there_is_found(family: str) -> None:
     assert (patch.site, patch.ridge) == (3, RIDGES[0])
     assert patch.weight.shape == projection.weight.shape
     found = patch.weight - projection.weight
-    assert (found - change).norm() < 0.05 * change.norm()
+    # Behind a norm every channel is held back a little.
+    assert (found - change).norm() < (0.05 if projection.norm is None else 0.15) * change.norm()
     assert patch.left is not None
     assert patch.left < 0.03
     assert (patch.bias is None) == (projection.bias is None)
@@ -87,15 +86,13 @@ def test_noise_asks_for_a_stronger_ridge_and_pure_noise_for_none(family: str) ->
     assert fits.ill_conditioned == frozenset()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_ridge_in_the_end_leaves_the_old_weight(family: str) -> None:
-    projection, inputs, lacking, _ = problem(family)
+@pytest.mark.parametrize("operator", ["refit", "channel"])
+def test_a_ridge_in_the_end_leaves_the_old_weight(operator: str) -> None:
+    projection, inputs, lacking, _ = problem("llama")
     fit, _ = normals(projection, inputs, lacking)
-    operator = OPERATORS["refit"] if family == "llama" else OPERATORS["channel"]
-    gram = fit.gram if family == "llama" else torch.diag(fit.gram)
-    solves = [operator.prepare(gram, torch.eye(len(gram)).double(), r) for r in (1e3, 1e9)]
-    cross = fit.cross[5] if family == "llama" else torch.diag(fit.cross[5])
-    changes = [solve(cross) for solve in solves if solve is not None]
+    prepare = OPERATORS[operator].prepare
+    solves = [prepare(fit.gram, projection.stacked, ridge) for ridge in (1e3, 1e9)]
+    changes = [solve(fit.cross[5]) for solve in solves if solve is not None]
     assert float(changes[1].norm()) < 1e-4 * float(changes[0].norm())
 
 

@@ -34,39 +34,79 @@ def test_what_is_fitted_times_its_regressors_is_what_the_sublayer_writes(
         seen.append(args[0].flatten(0, -2))
         written.append(output.flatten(0, -2))
 
-    hook = projection.module.register_forward_hook(after)
+    hooks = [m.register_forward_hook(after) for m in (projection.module, projection.norm) if m]
     model(input_ids=torch.arange(20).unsqueeze(0))
-    hook.remove()
-    z, values = projection.regressors(seen[0]), projection.stacked.float()
-    if projection.is_norm:
-        values = values + projection.offset
-    assert projection.is_norm == anatomy.stack.row.norm_after
+    for hook in hooks:
+        hook.remove()
+    assert (projection.norm is not None) == anatomy.stack.row.norm_after
     assert projection.shape == tuple(projection.stacked.shape)
-    torch.testing.assert_close(z * values if projection.is_norm else z @ values, written[0])
+    found = projection.regressors(seen[0]) @ (projection.stacked * projection.gains).float()
+    torch.testing.assert_close(found, written[-1])
 
 
 @pytest.mark.parametrize(("family", "offset"), [("gemma2", 1.0), ("olmo2", 0.0), ("llama", 0.0)])
 def test_what_a_norm_adds_to_its_weight_is_found(family: str, offset: float) -> None:
-    assert projection_at(family)[0].offset == offset
+    projection, _ = projection_at(family)
+    stored = 0.0 if projection.norm is None else projection.norm.weight.double()
+    expected = 1.0 if projection.norm is None else stored + offset
+    assert torch.equal(projection.gains, torch.ones(64).double() * expected)
 
 
 @pytest.mark.parametrize("family", NORM_AFTER)
-def test_the_norm_behind_the_sublayer_is_refitted_and_no_other(family: str) -> None:
-    model = tiny_model(family)
+def test_the_norm_is_the_one_behind_the_sublayer(family: str) -> None:
+    (attention, model), (ffn, _) = projection_at(family, 2), projection_at(family, 3)
     block = describe(model).block_list(model)[1]
-    assert projection_of(model, describe(model), describe(model).sites[2]).module is (
-        block.post_attention_layernorm
-    )
-    assert projection_of(model, describe(model), describe(model).sites[3]).module is (
-        block.post_feedforward_layernorm
-    )
+    assert attention.module is block.self_attn.o_proj
+    assert attention.norm is block.post_attention_layernorm
+    assert ffn.norm is not None
+    assert torch.equal(ffn.norm.weight, block.post_feedforward_layernorm.weight)
+
+
+@pytest.mark.parametrize("family", NORM_AFTER)
+def test_channels_that_a_norm_makes_small_are_changed_little(family: str) -> None:
+    projection, _ = projection_at(family)
+    offset = 0.0 if family == "olmo2" else 1.0
+    assert projection.norm is not None
+    projection.norm.weight.fill_(1 - offset)
+    projection.norm.weight[:3] = torch.tensor([0.0, 1e-3, -1.0]) - offset
+    change = torch.ones(projection.shape, dtype=torch.float64)
+    reached = projection.reached(change)[0]
+    assert reached[0] == 0
+    assert reached[1] < 1e-4
+    assert 0.9 < float(reached[2]) < 1
+    assert float(reached[2]) == pytest.approx(float(reached[5]), rel=1e-3)
+    patch = projection.patch(projection.reached(change), torch.eye(len(change)).double(), 0.1, 0.5)
+    moved = (patch.weight - projection.weight).abs().amax(1)
+    assert moved[0] == 0
+    assert moved[1] < 0.1
+    assert patch.norm is not None
+    assert patch.norm.isfinite().all()
+
+
+@pytest.mark.parametrize("family", NORM_AFTER)
+def test_the_norm_makes_up_for_the_new_size_of_what_it_is_given(family: str) -> None:
+    """So a weight twice as large in every entry writes what it should: twice as much."""
+    projection, model = projection_at(family)
+    z = torch.randn(50, projection.shape[0], generator=torch.Generator().manual_seed(0))
+    x = projection.regressors(z).double()
+    whole = projection.stacked * projection.gains
+    patch = projection.patch(whole, x.T @ x, 0.1, 0.5)
+    assert projection.norm is not None
+    before = projection.norm(projection.module(z))
+    with patched(model, describe(model), [patch]):
+        after = projection.norm(projection.module(z))
+    torch.testing.assert_close(after, 2 * before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_patch_of_the_weight_itself_is_that_weight(family: str) -> None:
     projection, _ = projection_at(family)
-    patch = projection.patch(projection.stacked, 0.1, 0.5)
+    gram = torch.eye(projection.shape[0], dtype=torch.float64)
+    patch = projection.patch(projection.stacked * 0, gram, 0.1, 0.5)
     assert torch.equal(patch.weight, projection.weight)
+    assert (patch.norm is None) == (family != "gemma2")
+    if projection.norm is not None:
+        assert torch.equal(patch.norm, projection.norm.weight)
     assert (patch.bias is None) == (projection.bias is None)
     assert patch.bias is None or torch.equal(patch.bias, projection.bias)
     assert (patch.site, patch.ridge, patch.left) == (2, 0.1, 0.5)
@@ -77,14 +117,16 @@ def test_patched_restores_the_model_also_on_an_error(family: str) -> None:
     projection, model = projection_at(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     bias = None if projection.bias is None else projection.bias + 1
-    patch = Patch(2, projection.weight * 2, bias, 0.1, 0.5)
+    norm = None if projection.norm is None else projection.norm.weight + 1
+    patch = Patch(2, projection.weight * 2, bias, 0.1, 0.5, norm)
 
     def fail_inside() -> None:
         with patched(model, describe(model), [patch]):
             assert torch.equal(projection.weight, patch.weight)
             assert projection.bias is None or torch.equal(projection.bias, bias)
             changed = [n for n, v in model.state_dict().items() if not torch.equal(v, before[n])]
-            assert len(changed) == 1 + (bias is not None)
+            assert len(changed) == 1 + (bias is not None) + (norm is not None)
+            assert projection.norm is None or torch.equal(projection.norm.weight, norm)
             raise KeyError
 
     with pytest.raises(KeyError):

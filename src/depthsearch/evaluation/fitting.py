@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from depthsearch.model.operators import (
     RIDGES,
     Normal,
     Operator,
-    operator_for,
     solved,
     token_weights,
 )
@@ -66,13 +64,15 @@ class FitCost:
 
 def _site_cost(projection: Projection, tokens: int, operator: Operator) -> tuple[int, int, int]:
     """FLOPs of a Gram matrix, of a factor of it, and of a target."""
-    wide, entries = projection.shape[0], math.prod(projection.shape)
-    # A norm mixes no channels, so that each of its outputs has one input.
-    inputs = 1 if projection.is_norm else wide
-    factor, solve = operator_for(projection, operator).flops(wide, projection.shape[-1])
+    wide, out = projection.shape
+    factor, solve = operator.flops(wide, out)
     # Each change that is tried is judged on the tokens held back, and one more is made.
-    tries = len(RIDGES) * (solve + 2 * inputs * entries)
-    return 2 * tokens * inputs * wide, factor, 2 * tokens * entries + tries + solve
+    target = 2 * tokens * wide * out + len(RIDGES) * (solve + 2 * wide * wide * out) + solve
+    normal = 2 * tokens * wide * wide
+    if projection.norm is not None:
+        # The sizes that it divides by: of each token, and of all with the old and the new weight.
+        normal, target = normal + 2 * tokens * wide * out, target + 4 * wide * wide * out
+    return normal, factor, target
 
 
 def factors(targets: int) -> int:

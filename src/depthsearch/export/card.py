@@ -201,7 +201,8 @@ def _refitted(loaded: LoadedModel, card: CardData) -> str:
     assert card.repair is not None
     sites: Mapping[str, Mapping[str, float]] = card.repair["sites"]
     norms = describe(loaded.model).stack.row.norm_after
-    what = "The weights of the norms behind" if norms else "The output projections of"
+    what = "The output projections, and the size of the norms behind them, of"
+    what = what if norms else "The output projections of"
     lines = [
         f"{what} {len(sites)} sublayers (numbers of the base model) were "
         "refitted by ridge least squares, so that the residual stream follows the base model's "

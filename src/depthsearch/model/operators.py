@@ -27,25 +27,25 @@ class Normal:
 
     `gram` is `[in, in]`, `cross[target]` `[in, out]` of the inputs and what the stream lacks, and
     `energy[target]` the summed square of what it lacks. A bias is one more input that is always 1.
-    For a norm the channels do not mix: `gram` and `cross[target]` are `[channel]`.
+    The inputs are the projection's `regressors`.
     """
 
     def __init__(self, projection: Projection, targets: Sequence[int]) -> None:
         self._projection = projection
-        shape = projection.shape
+        wide, out = projection.shape
         like = torch.zeros((), dtype=torch.float64, device=projection.weight.device)
-        self.gram = like.new_zeros(shape if projection.is_norm else (shape[0], shape[0]))
-        self.cross = {target: like.new_zeros(shape) for target in targets}
+        self.gram = like.new_zeros(wide, wide)
+        self.cross = {target: like.new_zeros(wide, out) for target in targets}
         self.energy = dict.fromkeys(targets, 0.0)
 
     def add(self, inputs: Tensor, lacking: dict[int, Tensor], weights: Tensor) -> None:
         """Add tokens: inputs `[token, in]`, `lacking[target]` `[token, out]`, weights `[token]`."""
         root = weights.sqrt().unsqueeze(-1)
         z = self._projection.regressors(inputs) * root
-        self.gram += self._products(z, z)
+        self.gram += (z.T @ z).double()
         for target, lack in lacking.items():
             error = lack.float() * root
-            self.cross[target] += self._products(z, error)
+            self.cross[target] += (z.T @ error).double()
             self.energy[target] += float(error.double().square().sum())
 
     def join(self, other: Normal) -> None:
@@ -56,15 +56,9 @@ class Normal:
             self.energy[target] += other.energy[target]
 
     def left(self, target: int, change: Tensor) -> float:
-        """The share of the error that is left with `change` added to what was fitted."""
-        moved = self.gram * change if self._projection.is_norm else self.gram @ change
-        gained = 2 * (change * self.cross[target]).sum() - (change * moved).sum()
+        """The share of the error that is left with `change` `[in, out]` added to the weight."""
+        gained = 2 * (change * self.cross[target]).sum() - (change * (self.gram @ change)).sum()
         return 1.0 - float(gained) / max(self.energy[target], 1e-300)
-
-    def _products(self, z: Tensor, error: Tensor) -> Tensor:
-        if self._projection.is_norm:
-            return (z * error).sum(0).double()
-        return (z.T @ error).double()
 
 
 Solve = Callable[[Tensor], Tensor]
@@ -99,11 +93,6 @@ def per_channel(gram: Tensor, weight: Tensor, ridge: float) -> Solve | None:
     """One factor for each output channel, for very little text."""
     solve = _channel_solve((weight * (gram @ weight)).sum(0), ridge)
     return None if solve is None else lambda cross: weight * solve((weight * cross).sum(0))
-
-
-def norm_weight(gram: Tensor, weight: Tensor, ridge: float) -> Solve | None:
-    """One number for each channel of a norm's weight, pulled towards the old ones."""
-    return _channel_solve(gram, ridge)
 
 
 def low_rank(rank: int = RANK) -> Operator:
@@ -158,15 +147,7 @@ OPERATORS: dict[str, Operator] = {
     "map": Operator(folded_map, _map_flops),
     "channel": Operator(per_channel, _channel_flops),
 }
-"""The ways to change a matrix, by name."""
-
-NORM = Operator(norm_weight, lambda wide, out: (2 * out, out))
-"""The one way to change the weight of a norm, whichever operator the matrices are given."""
-
-
-def operator_for(projection: Projection, operator: Operator) -> Operator:
-    """`operator`, or the one for norms."""
-    return NORM if projection.is_norm else operator
+"""The ways to change a projection, by name."""
 
 
 @dataclass(frozen=True)
@@ -187,26 +168,26 @@ def solved(projection: Projection, fit: Normal, held: Normal, operator: Operator
     The chosen ridge is then used on all tokens: `fit` has those of `held` too afterwards. What
     targets share is computed once a ridge, and a target's patch is the same in any company.
     """
-    chosen = operator_for(projection, operator)
-    old = projection.stacked
+    old = projection.stacked * projection.gains
     best: dict[int, tuple[float, float]] = {}
     solvable = False
     for ridge in RIDGES:
-        solve = chosen.prepare(fit.gram, old, ridge)
+        solve = operator.prepare(fit.gram, old, ridge)
         if solve is None:
             continue
         solvable = True
         for target, cross in fit.cross.items():
-            left = held.left(target, solve(cross))
+            left = held.left(target, projection.reached(solve(cross)))
             if left < (best[target][0] if target in best else 1.0):
                 best[target] = (left, ridge)
     fit.join(held)
     patches: dict[int, Patch | None] = dict.fromkeys(fit.cross)
     for ridge in sorted({ridge for _, ridge in best.values()}):
-        solve = chosen.prepare(fit.gram, old, ridge)
+        solve = operator.prepare(fit.gram, old, ridge)
         for target, (left, own) in best.items():
             if own == ridge and solve is not None:
-                patches[target] = projection.patch(old + solve(fit.cross[target]), ridge, left)
+                change = projection.reached(solve(fit.cross[target]))
+                patches[target] = projection.patch(change, fit.gram, ridge, left)
     unsolved = best.keys() - {t for t, patch in patches.items() if patch is not None}
     return Fits(patches, frozenset(unsolved if solvable else patches))
 
