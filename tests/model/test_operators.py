@@ -168,6 +168,13 @@ class TestLowRank:
         assert low.left is not None
         assert low.left < (1.0 if whole is None or whole.left is None else whole.left) - 0.02
 
+    def test_a_target_that_is_not_finite_is_left_alone(self) -> None:
+        projection, inputs, lacking, _ = problem("llama")
+        many = {5: lacking, 6: lacking * float("inf")}
+        fits = solved(projection, *normals(projection, inputs, many), low_rank(4))
+        assert fits.patches[5] is not None
+        assert fits.patches[6] is None
+
     def test_a_rank_that_is_no_limit_is_the_whole_refit(self) -> None:
         projection, inputs, lacking, _ = problem("llama")
         whole, capped = (

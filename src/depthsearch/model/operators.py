@@ -111,6 +111,8 @@ def low_rank(rank: int = RANK) -> Operator:
         def restricted(cross: Tensor) -> Tensor:
             change = solve(cross)
             fitted = change.T @ cross
+            if not bool(fitted.isfinite().all()):
+                return change  # It has no eigenvectors, and no error that is lower.
             _, directions = torch.linalg.eigh((fitted + fitted.T) / 2)
             leading = directions[:, -rank:]
             projected: Tensor = (change @ leading) @ leading.T

@@ -21,7 +21,7 @@ from depthsearch.model.anatomy import Anatomy
 from depthsearch.space import Site
 
 REACH = 0.3
-"""Share of a norm's mean square weight, as a root, below which its channels are refitted less.
+"""Channels of a norm are refitted less the further g is below this share of its root mean square.
 
 Where g is small, W must change much to move the stream a little, and r would no longer be the old
 one. On tiny models with weights from about 0.03 to 3 the share of the error that was left was then
