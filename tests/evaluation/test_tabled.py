@@ -83,6 +83,4 @@ def test_what_cannot_be_repaired_is_refused() -> None:
     with pytest.raises(DataError, match="fit_tokens"):
         tiny_backend(fit=FIT[:2]).run(0, [keeping("11 10 11 11")])
     with pytest.raises(UnsupportedModelError, match=r"search\.repair"):
-        tiny_backend("gemma2", fit=FIT)
-    with pytest.raises(UnsupportedModelError, match=r"search\.repair"):
         tiny_backend(mode=Mode.WHOLE, fit=FIT)

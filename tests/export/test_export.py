@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from tests.evaluation.tiny_backends import tiny_backend
 from tests.tiny_models import keeping, save_tiny, tiny_ids, tiny_loaded, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from depthsearch.errors import ExportError, MaskError, StorageError
+from depthsearch.evaluation import Refitted
 from depthsearch.export import CardData, Figure, export
 from depthsearch.model.anatomy import describe
+from depthsearch.model.families import FAMILIES
 from depthsearch.model.load import load_model
+from depthsearch.model.repair import patched
 from depthsearch.model.switches import masked
 
 PACKABLE = "11 10 01 11"
@@ -70,6 +74,27 @@ def test_the_result_and_the_manifest_say_what_was_written(tmp_path: Path) -> Non
     } <= set(result.files)  # fmt: skip
     assert len({(result.path / name).stat().st_mode for name in result.files}) == 1
     assert result.disk_bytes == sum(f.stat().st_size for f in result.path.iterdir())
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_an_export_of_repaired_weights_gives_the_repaired_logits(
+    family: str, tmp_path: Path
+) -> None:
+    loaded, anatomy = tiny_loaded(family)
+    mask = keeping("00 11 11 11")
+    judge = tiny_backend(model=loaded.model)
+    patches = Refitted(judge, tiny_ids(40, 12, seed=7), "sequential").repair(mask)
+
+    result = export(loaded, anatomy, mask, tmp_path / "small", check=False, patches=patches)
+
+    again = AutoModelForCausalLM.from_pretrained(result.path)
+    with torch.no_grad(), masked(loaded.model, anatomy, mask):
+        cut = loaded.model(tiny_ids()).logits
+        with patched(loaded.model, anatomy, patches):
+            repaired = loaded.model(tiny_ids()).logits
+        assert torch.equal(again(tiny_ids()).logits, repaired)
+    assert patches
+    assert not torch.allclose(cut, repaired, atol=1e-4)
 
 
 def test_large_models_are_sharded(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Refitting projections: the algebra, and the model that stays as it was."""
+"""What repairs change: which weight of a sublayer, and the model that stays as it was."""
 
 from __future__ import annotations
 
@@ -8,125 +8,125 @@ from tests.tiny_models import tiny_model
 
 from depthsearch.errors import UnsupportedModelError
 from depthsearch.model.anatomy import describe
-from depthsearch.model.repair import (
-    OPERATORS,
-    RIDGES,
-    Normal,
-    Patch,
-    patched,
-    projection_of,
-    solved,
-    token_weights,
-)
+from depthsearch.model.families import FAMILIES
+from depthsearch.model.repair import Patch, Projection, patched, projection_of
 
-TOKENS = 400
+NORM_AFTER = [name for name, row in FAMILIES.items() if row.norm_after]
 
 
-def problem(family: str, noise: float = 0.0, seed: int = 0):
-    """A projection, its inputs, and what the stream lacks: a change of the weight, and noise."""
+def projection_at(family: str, site: int = 2) -> tuple[Projection, torch.nn.Module]:
     model = tiny_model(family)
     anatomy = describe(model)
-    projection = projection_of(model, anatomy, anatomy.sites[3])
-    rng = torch.Generator().manual_seed(seed)
-    out, wide = projection.weight.shape
-    inputs = torch.randn(2, TOKENS, wide, generator=rng)
-    change = torch.randn(out, wide, generator=rng)
-    lacking = inputs @ change.T + noise * torch.randn(2, TOKENS, out, generator=rng)
-    return projection, inputs, lacking, change
+    return projection_of(model, anatomy, anatomy.sites[site]), model
 
 
-def normals(projection, inputs, lacking) -> tuple[Normal, Normal]:
-    pair = Normal(projection, [5]), Normal(projection, [5])
-    for part, z, lack in zip(pair, inputs, lacking, strict=True):
-        part.add(z, {5: lack}, torch.ones(TOKENS))
-    return pair
+@pytest.mark.parametrize("site", [2, 3])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_what_is_fitted_times_its_regressors_is_what_the_sublayer_writes(
+    family: str, site: int
+) -> None:
+    projection, model = projection_at(family, site)
+    anatomy = describe(model)
+    seen: list[torch.Tensor] = []
+    written: list[torch.Tensor] = []
+
+    def after(_: object, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen.append(args[0].flatten(0, -2))
+        written.append(output.flatten(0, -2))
+
+    hooks = [m.register_forward_hook(after) for m in (projection.module, projection.norm) if m]
+    model(input_ids=torch.arange(20).unsqueeze(0))
+    for hook in hooks:
+        hook.remove()
+    assert (projection.norm is not None) == anatomy.stack.row.norm_after
+    assert projection.shape == tuple(projection.stacked.shape)
+    found = projection.regressors(seen[0]) @ (projection.stacked * projection.gains).float()
+    torch.testing.assert_close(found, written[-1])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "cohere"])
-def test_a_change_that_is_there_is_found(family: str) -> None:
-    projection, inputs, lacking, change = problem(family)
-    patch = solved(projection, *normals(projection, inputs, lacking), 5, OPERATORS["refit"])
-    assert patch is not None
-    assert (patch.site, patch.ridge) == (3, RIDGES[0])
-    found = patch.weight - projection.weight
-    assert (found - change).norm() < 0.05 * change.norm()
-    assert patch.left < 0.03
+@pytest.mark.parametrize(("family", "offset"), [("gemma2", 1.0), ("olmo2", 0.0), ("llama", 0.0)])
+def test_what_a_norm_adds_to_its_weight_is_found(family: str, offset: float) -> None:
+    projection, _ = projection_at(family)
+    stored = 0.0 if projection.norm is None else projection.norm.weight.double()
+    expected = 1.0 if projection.norm is None else stored + offset
+    assert torch.equal(projection.gains, torch.ones(64).double() * expected)
+
+
+@pytest.mark.parametrize("family", NORM_AFTER)
+def test_the_norm_is_the_one_behind_the_sublayer(family: str) -> None:
+    (attention, model), (ffn, _) = projection_at(family, 2), projection_at(family, 3)
+    block = describe(model).block_list(model)[1]
+    assert attention.module is block.self_attn.o_proj
+    assert attention.norm is block.post_attention_layernorm
+    assert ffn.norm is not None
+    assert torch.equal(ffn.norm.weight, block.post_feedforward_layernorm.weight)
+
+
+@pytest.mark.parametrize("family", NORM_AFTER)
+def test_channels_that_a_norm_makes_small_are_changed_little(family: str) -> None:
+    projection, _ = projection_at(family)
+    offset = 0.0 if family == "olmo2" else 1.0
+    assert projection.norm is not None
+    projection.norm.weight.fill_(1 - offset)
+    projection.norm.weight[:3] = torch.tensor([0.0, 1e-3, -1.0]) - offset
+    change = torch.ones(projection.shape, dtype=torch.float64)
+    reached = projection.reached(change)[0]
+    assert reached[0] == 0
+    assert reached[1] < 1e-4
+    assert 0.9 < float(reached[2]) < 1
+    assert float(reached[2]) == pytest.approx(float(reached[5]), rel=1e-3)
+    patch = projection.patch(projection.reached(change), torch.eye(len(change)).double(), 0.1, 0.5)
+    moved = (patch.weight - projection.weight).abs().amax(1)
+    assert moved[0] == 0
+    assert moved[1] < 0.1
+    assert patch.norm is not None
+    assert patch.norm.isfinite().all()
+
+
+@pytest.mark.parametrize("family", NORM_AFTER)
+def test_the_norm_makes_up_for_the_new_size_of_what_it_is_given(family: str) -> None:
+    """So a weight twice as large in every entry writes what it should: twice as much."""
+    projection, model = projection_at(family)
+    z = torch.randn(50, projection.shape[0], generator=torch.Generator().manual_seed(0))
+    x = projection.regressors(z).double()
+    whole = projection.stacked * projection.gains
+    patch = projection.patch(whole, x.T @ x, 0.1, 0.5)
+    assert projection.norm is not None
+    before = projection.norm(projection.module(z))
+    with patched(model, describe(model), [patch]):
+        after = projection.norm(projection.module(z))
+    torch.testing.assert_close(after, 2 * before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_patch_of_the_weight_itself_is_that_weight(family: str) -> None:
+    projection, _ = projection_at(family)
+    gram = torch.eye(projection.shape[0], dtype=torch.float64)
+    patch = projection.patch(projection.stacked * 0, gram, 0.1, 0.5)
+    assert torch.equal(patch.weight, projection.weight)
+    assert (patch.norm is None) == (family != "gemma2")
+    if projection.norm is not None:
+        assert torch.equal(patch.norm, projection.norm.weight)
     assert (patch.bias is None) == (projection.bias is None)
+    assert patch.bias is None or torch.equal(patch.bias, projection.bias)
+    assert (patch.site, patch.ridge, patch.left) == (2, 0.1, 0.5)
 
 
-def test_noise_asks_for_a_stronger_ridge_and_pure_noise_for_none() -> None:
-    projection, inputs, lacking, _ = problem("llama", noise=20.0)
-    patch = solved(projection, *normals(projection, inputs, lacking), 5, OPERATORS["refit"])
-    assert patch is not None
-    assert patch.ridge > RIDGES[0]
-    assert patch.left > 0.5
-    noise = torch.randn(lacking.shape, generator=torch.Generator().manual_seed(1))
-    assert solved(projection, *normals(projection, inputs, noise), 5, OPERATORS["refit"]) is None
-
-
-def test_a_ridge_in_the_end_leaves_the_old_weight() -> None:
-    projection, inputs, lacking, _ = problem("llama")
-    fit, _ = normals(projection, inputs, lacking)
-    changes = [OPERATORS["refit"](fit, 5, projection.weight.double().T, r) for r in (1e3, 1e9)]
-    assert changes[0] is not None
-    assert changes[1] is not None
-    assert float(changes[1].norm()) < 1e-4 * float(changes[0].norm())
-
-
-def test_a_bias_is_refitted_with_the_weight() -> None:
-    projection, inputs, _, _ = problem("gpt2")
-    lacking = torch.full((2, TOKENS, projection.weight.shape[0]), 3.0)
-    patch = solved(projection, *normals(projection, inputs, lacking), 5, OPERATORS["refit"])
-    assert patch is not None
-    assert patch.bias is not None
-    assert projection.bias is not None
-    assert float((patch.bias - projection.bias - 3).abs().max()) < 0.3
-
-
-@pytest.mark.parametrize("operator", ["map", "channel"])
-def test_smaller_operators_find_what_they_can_express(operator: str) -> None:
-    projection, inputs, _, _ = problem("llama")
-    out = projection.weight.shape[0]
-    rng = torch.Generator().manual_seed(2)
-    factor = (
-        torch.randn(out, out, generator=rng)
-        if operator == "map"
-        else torch.diag(torch.randn(out, generator=rng))
-    )
-    lacking = inputs @ (factor @ projection.weight).T
-    patch = solved(projection, *normals(projection, inputs, lacking), 5, OPERATORS[operator])
-    assert patch is not None
-    assert patch.left < 0.05
-
-
-def test_an_ill_conditioned_fit_leaves_the_weight_alone() -> None:
-    projection, inputs, lacking, _ = problem("llama")
-    fit, held = normals(projection, inputs * 0, lacking)
-    assert solved(projection, fit, held, 5, OPERATORS["refit"]) is None
-
-
-def test_weights_make_errors_relative() -> None:
-    dense = torch.tensor([[3.0, 4.0], [300.0, 400.0], [0.0, 0.0]])
-    weights = token_weights(dense)
-    assert float(weights[0] / weights[1]) == pytest.approx(1e4)
-    assert bool(weights.isfinite().all())
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_patched_restores_the_model_also_on_an_error(family: str) -> None:
-    model = tiny_model(family)
-    anatomy = describe(model)
+    projection, model = projection_at(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    projection = projection_of(model, anatomy, anatomy.sites[2])
     bias = None if projection.bias is None else projection.bias + 1
-    patch = Patch(2, projection.weight * 2, bias, 0.1, 0.5)
+    norm = None if projection.norm is None else projection.norm.weight + 1
+    patch = Patch(2, projection.weight * 2, bias, 0.1, 0.5, norm)
 
     def fail_inside() -> None:
-        with patched(model, anatomy, [patch]):
+        with patched(model, describe(model), [patch]):
             assert torch.equal(projection.weight, patch.weight)
             assert projection.bias is None or torch.equal(projection.bias, bias)
             changed = [n for n, v in model.state_dict().items() if not torch.equal(v, before[n])]
-            assert len(changed) == 1 + (bias is not None)
+            assert len(changed) == 1 + (bias is not None) + (norm is not None)
+            assert projection.norm is None or torch.equal(projection.norm.weight, norm)
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -134,9 +134,15 @@ def test_patched_restores_the_model_also_on_an_error(family: str) -> None:
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
-def test_a_norm_behind_the_sublayer_is_refused(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "path", "shape"),
+    [("llama", "self_attn.o_proj", "matrix"), ("gemma2", "post_attention_layernorm", "vector")],
+)
+def test_what_holds_no_such_weight_is_refused(family: str, path: str, shape: str) -> None:
     model = tiny_model(family)
     anatomy = describe(model)
-    with pytest.raises(UnsupportedModelError, match="norm behind each sublayer"):
-        projection_of(model, anatomy, anatomy.sites[0])
+    block = anatomy.block_list(model)[1]
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, torch.nn.Identity())
+    with pytest.raises(UnsupportedModelError, match=rf"'{path}' .* no {shape}.*repair to none"):
+        projection_of(model, anatomy, anatomy.sites[2])

@@ -14,7 +14,7 @@ from tests.tiny_models import save_tiny
 from tests.tiny_runs import workplace_config
 
 from depthsearch.config import RunConfig
-from depthsearch.errors import ConfigError, RunDirectoryError, UnsupportedModelError
+from depthsearch.errors import ConfigError, RunDirectoryError
 from depthsearch.journal import read_journal, without_times
 from depthsearch.model.patches import load_patches
 from depthsearch.model.repair import patched
@@ -179,6 +179,27 @@ def test_the_export_carries_the_refitted_weights(finished: Path, tmp_path: Path)
     assert all(f"`{name}`" in card for name in best["repair"]["sites"])
 
 
+def test_norms_behind_the_sublayers_are_refitted_and_exported(
+    workplace: Path, tmp_path: Path
+) -> None:
+    save_tiny(workplace / "sandwich", "gemma2")
+    model = {"path": "sandwich", "dtype": "float32", "device": "cpu"}
+    run = tmp_path / "run"
+    search(configured(workplace, model=model), run)
+    sites = best_of(run)["repair"]["sites"]
+    refitted = load_file(run / REPAIR)
+    assert sites
+    assert set(refitted) == {f"{name}.{of}" for name in sites for of in ("weight", "norm")}
+    result, _ = export_run(run, tmp_path / "model", measure=False)
+    assert result.verification is not None
+    assert result.verification.passed
+    written = load_file(result.path / "model.safetensors")
+    for new in refitted.values():
+        assert any(torch.equal(weight, new) for weight in written.values())
+    card = (result.path / "README.md").read_text()
+    assert f"the size of the norms behind them, of {len(sites)} sublayers" in card
+
+
 def test_damaged_weights_are_refused(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -199,8 +220,4 @@ def test_what_cannot_be_repaired_is_refused_before_anything_is_created(
     streamed = {"path": "model", "dtype": "float32", "device": "cpu", "streamed": True}
     with pytest.raises(ConfigError, match=r"search\.repair"):
         search(configured(workplace, model=streamed), out)
-    save_tiny(workplace / "sandwich", "gemma2")
-    model = {"path": "sandwich", "dtype": "float32", "device": "cpu"}
-    with pytest.raises(UnsupportedModelError, match=r"search\.repair"):
-        search(configured(workplace, model=model), out)
     assert not out.exists()

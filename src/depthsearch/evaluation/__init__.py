@@ -7,12 +7,14 @@ from depthsearch.evaluation.inprocess import InProcess
 from depthsearch.evaluation.prefix import executed_sites
 from depthsearch.evaluation.racing import evaluate
 from depthsearch.evaluation.refitted import Refitted
+from depthsearch.evaluation.rescaled import Rescaled
 from depthsearch.evaluation.streamed import Streamed
 
 __all__ = [
     "Backend",
     "InProcess",
     "Refitted",
+    "Rescaled",
     "Streamed",
     "UnitResult",
     "evaluate",

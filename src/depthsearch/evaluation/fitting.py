@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from depthsearch.calibration.windows import batches
 from depthsearch.errors import DataError
 from depthsearch.evaluation.stepping import Stepper
 from depthsearch.evaluation.turns import Turn, fitted_site
-from depthsearch.model.repair import (
+from depthsearch.model.operators import (
     OPERATORS,
     RIDGES,
     Normal,
-    Patch,
-    Projection,
-    projection_of,
+    Operator,
     solved,
     token_weights,
 )
+from depthsearch.model.repair import Patch, Projection, projection_of
 from depthsearch.model.replay import Call, Replayer
+
+_log = logging.getLogger(__name__)
 
 HELD_BACK = 5
 """One batch in so many is held back from a fit, to choose its ridge on."""
@@ -33,33 +37,54 @@ States = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class FitCost:
-    """FLOPs of fitting the projection of each site: for the Gram matrix, and for each target."""
+    """FLOPs of refitting each site: of its Gram matrix, of each factor of that, of each target."""
 
     normal: tuple[int, ...]
+    factor: tuple[int, ...]
     solve: tuple[int, ...]
 
     @classmethod
-    def of(cls, replayer: Replayer, tokens: int) -> FitCost:
-        """Two per multiplication and addition of `tokens` tokens; a Cholesky factor a ridge.
+    def of(cls, replayer: Replayer, tokens: int, operator: str = "refit") -> FitCost:
+        """Two per multiplication and addition of `tokens` tokens.
 
-        Raises UnsupportedModelError for a model whose projections can't be refitted.
+        Raises UnsupportedModelError for a model that can't be refitted.
         """
         model, anatomy = replayer.model, replayer.anatomy
-        shapes = [projection_of(model, anatomy, site).weight.shape for site in anatomy.sites]
-        tries = len(RIDGES) + 1
-        return cls(
-            tuple(2 * tokens * wide * wide for _, wide in shapes),
-            tuple(
-                2 * tokens * wide * out + tries * (wide**3 // 3 + 4 * wide * wide * out)
-                for out, wide in shapes
-            ),
-        )
+        found = [
+            _site_cost(projection_of(model, anatomy, site), tokens, OPERATORS[operator])
+            for site in anatomy.sites
+        ]
+        normal, factor, solve = zip(*found, strict=True)
+        return cls(normal, factor, solve)
+
+    def of_gap(self, site: int, targets: int) -> int:
+        """FLOPs of fitting a site towards `targets` streams, its inputs known."""
+        return self.normal[site] + factors(targets) * self.factor[site] + targets * self.solve[site]
+
+
+def _site_cost(projection: Projection, tokens: int, operator: Operator) -> tuple[int, int, int]:
+    """FLOPs of a Gram matrix, of a factor of it, and of a target."""
+    wide, out = projection.shape
+    factor, solve = operator.flops(wide, out)
+    # Each change that is tried is judged on the tokens held back, and one more is made.
+    target = 2 * tokens * wide * out + len(RIDGES) * (solve + 2 * wide * wide * out) + solve
+    normal = 2 * tokens * wide * wide
+    if projection.norm is not None:
+        # The sizes that it divides by: of each token, and of all with the old and the new weight.
+        normal, target = normal + 2 * tokens * wide * out, target + 4 * wide * wide * out
+    return normal, factor, target
+
+
+def factors(targets: int) -> int:
+    """How often a Gram matrix is factored: once a ridge, and once a ridge chosen, at the most."""
+    return len(RIDGES) + min(targets, len(RIDGES))
 
 
 class FitText:
     """The dense model's residual stream before every step, on windows `[sequence, window]`.
 
-    Raises DataError for fewer windows than it takes to hold some back.
+    `ill_conditioned` counts the fits that gave no repair because no system could be solved. Raises
+    DataError for fewer windows than it takes to hold some back.
     """
 
     def __init__(
@@ -71,6 +96,7 @@ class FitText:
                 "calibration.fit_tokens"
             )
         self.tokens = windows.numel()
+        self.ill_conditioned = 0
         self._stepper = stepper
         self._operator = OPERATORS[operator]
         self._device = next(stepper.replayer.model.parameters()).device
@@ -99,27 +125,29 @@ class FitText:
     ) -> dict[Turn, Patch | None]:
         """The projection that `kept` runs last, refitted towards the dense stream at each target.
 
-        `states` are those before the step. None where the weight is better left alone.
+        `states` are those before the step. None where the weight is better left alone; where that
+        is because no system could be solved, it is counted, and logged the first time.
         """
         projection = self.projection(step, Turn(kept))
         fit, held = Normal(projection, targets), Normal(projection, targets)
-        seen: list[Tensor] = []
-        hook = projection.module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            for place, hidden in enumerate(states):
+        for place, hidden in enumerate(states):
+            with _inputs_of(projection.module) as seen:
                 after = self._stepper.run(self._calls[place], step, kept, hidden)
-                inputs = seen.pop().flatten(0, -2)
-                found = after.flatten(0, -2).float()
-                aims = {t: self.dense(t)[place].flatten(0, -2) for t in targets}
-                weights = token_weights(self.dense(step + 1)[place].flatten(0, -2))
-                part = held if place % HELD_BACK == HELD_BACK - 1 else fit
-                part.add(inputs, {t: aim.float() - found for t, aim in aims.items()}, weights)
-        finally:
-            hook.remove()
-        return {
-            Turn(kept, target): solved(projection, fit, held, target, self._operator)
-            for target in targets
-        }
+            inputs = seen[0].flatten(0, -2)
+            found = after.flatten(0, -2).float()
+            aims = {t: self.dense(t)[place].flatten(0, -2) for t in targets}
+            weights = token_weights(self.dense(step + 1)[place].flatten(0, -2))
+            part = held if place % HELD_BACK == HELD_BACK - 1 else fit
+            part.add(inputs, {t: aim.float() - found for t, aim in aims.items()}, weights)
+        fits = solved(projection, fit, held, self._operator)
+        if fits.ill_conditioned and not self.ill_conditioned:
+            _log.warning(
+                "%s can't be refitted: what it is given is all zero or not finite on the fit text, "
+                "so its weight stays; further such fits are counted only",
+                projection.site.name,
+            )
+        self.ill_conditioned += len(fits.ill_conditioned)
+        return {Turn(kept, target): patch for target, patch in fits.patches.items()}
 
     def projection(self, step: int, turn: Turn) -> Projection:
         """What a turn refits."""
@@ -135,3 +163,18 @@ class FitText:
         for step, sites in enumerate(self._stepper.steps):
             whole = Turn((True,) * len(sites))
             self._streams.append(self.advance(step, whole, self._streams[step]))
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What the module is called with while the context is open."""
+    seen: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+
+    hook = module.register_forward_pre_hook(before)
+    try:
+        yield seen
+    finally:
+        hook.remove()

@@ -36,7 +36,7 @@ class Refitted:
         self._repair: Repair = repair
         self._stepper = Stepper(judge.replayer, judge.mode)
         self._fit = FitText(self._stepper, fit, judge.batch_tokens, operator)
-        self._cost = FitCost.of(judge.replayer, self._fit.tokens)
+        self._cost = FitCost.of(judge.replayer, self._fit.tokens, operator)
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -47,6 +47,11 @@ class Refitted:
     def window_tokens(self) -> int:
         """Tokens of one sequence."""
         return self._judge.window_tokens
+
+    @property
+    def ill_conditioned(self) -> int:
+        """How many fits so far gave no repair because no system could be solved."""
+        return self._fit.ill_conditioned
 
     @property
     def preparation(self) -> float:
@@ -83,7 +88,7 @@ class Refitted:
         return self._judge.hints()
 
     def repair(self, mask: Mask) -> tuple[Patch, ...]:
-        """The refitted projections of one mask, in the order of their sites."""
+        """The refitted weights of one mask, in the order of their sites."""
         found: list[Prefix] = []
         walk = RefitWalk(self._stepper.steps, self._repair, self._stepper, self._fit)
         walk.run([mask], (), lambda _, prefix: found.append(prefix))
@@ -111,15 +116,10 @@ class Refitted:
         accounting: Accounting = self._judge.accounting
         judged = accounting.unit(tally.judged, masks, sum(self._judge.sequences))
         flops = sum(
-            (run + normals) * self._fit.tokens * site + normals * normal + solves * solve
-            for run, normals, solves, site, normal, solve in zip(
-                tally.fit,
-                tally.normals,
-                tally.solves,
-                accounting.site_flops,
-                self._cost.normal,
-                self._cost.solve,
-                strict=True,
-            )
+            (tally.fit[site] + tally.normals[site]) * self._fit.tokens * flops
+            + tally.normals[site] * self._cost.normal[site]
+            + tally.factors[site] * self._cost.factor[site]
+            + tally.solves[site] * self._cost.solve[site]
+            for site, flops in enumerate(accounting.site_flops)
         )
         return judged + float(flops) / accounting.dense_flops

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from depthsearch.evaluation.fitting import FitText, States
+from depthsearch.evaluation.fitting import FitText, States, factors
 from depthsearch.evaluation.prefix import PrefixWalk
 from depthsearch.evaluation.stepping import Stepper
 from depthsearch.evaluation.turns import Repair, Step, Turn, fitted_site
@@ -29,18 +29,20 @@ Judged = tuple[tuple[tuple[Call, ...], Tensor], ...]
 class Tally:
     """How often each site was run on the judged and on the fit text, and fitted there.
 
-    `normals` counts the Gram matrices, `solves` the targets they were solved for.
+    `normals` counts the Gram matrices, `factors` how often these were factored, `solves` the
+    targets that they were solved for.
     """
 
     judged: list[int]
     fit: list[int]
     normals: list[int]
+    factors: list[int]
     solves: list[int]
 
     @classmethod
     def of(cls, sites: int) -> Tally:
         """All zero."""
-        return cls(*([0] * sites for _ in range(4)))
+        return cls(*([0] * sites for _ in range(5)))
 
 
 @dataclass
@@ -94,6 +96,7 @@ class RefitWalk:
         for kept, aims in targets.items():
             site = fitted_site(self._steps[step], Turn(kept))
             self.tally.normals[site] += 1
+            self.tally.factors[site] += factors(len(aims))
             self.tally.solves[site] += len(aims)
             states = self._states(prefix)
             if self._fit is None:

@@ -50,7 +50,7 @@ class RepairTable:
         for (step, kept), targets in _by_gram(self._gaps(masks) - self._counted).items():
             site = fitted_site(self._stepper.steps[step], Turn(kept))
             flops += self._fit.tokens * self._accounting.site_flops[site]
-            flops += self._cost.normal[site] + len(targets) * self._cost.solve[site]
+            flops += self._cost.of_gap(site, len(targets))
         return flops / self._accounting.dense_flops
 
     def count(self, masks: Sequence[Mask]) -> float:

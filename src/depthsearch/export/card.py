@@ -14,6 +14,7 @@ from depthsearch import __version__
 from depthsearch.export.native import NativePlan
 from depthsearch.export.verify import Verification
 from depthsearch.export.write import base_directory
+from depthsearch.model.anatomy import describe
 from depthsearch.model.load import LoadedModel
 from depthsearch.sources import is_path
 from depthsearch.space import Budget, Mask, Site
@@ -84,7 +85,7 @@ def model_card(
         parts.append("What remains was paired anew, numbers of the base model:")
         parts.append("\n".join(f"- {line}" for line in repaired))
     if card.repair is not None:
-        parts += ["## What was refitted", _refitted(card)]
+        parts += ["## What was refitted", _refitted(loaded, card)]
     if card.figures:
         parts += ["## Figures", _table(card.figures)]
     parts += ["## How it was made", _making(mask, card, check)]
@@ -196,11 +197,14 @@ def _making(mask: Mask, card: CardData, check: Verification | None) -> str:
     return "\n\n".join(lines)
 
 
-def _refitted(card: CardData) -> str:
+def _refitted(loaded: LoadedModel, card: CardData) -> str:
     assert card.repair is not None
     sites: Mapping[str, Mapping[str, float]] = card.repair["sites"]
+    norms = describe(loaded.model).stack.row.norm_after
+    what = "The output projections, and the size of the norms behind them, of"
+    what = what if norms else "The output projections of"
     lines = [
-        f"The output projections of {len(sites)} sublayers (numbers of the base model) were "
+        f"{what} {len(sites)} sublayers (numbers of the base model) were "
         "refitted by ridge least squares, so that the residual stream follows the base model's "
         f"behind what was dropped; {card.repair['fit_tokens']:,} tokens of "
         f"{card.calibration or 'the calibration text'} were used, none of which judged a mask. No "

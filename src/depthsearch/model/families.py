@@ -16,7 +16,7 @@ class FamilyRow:
     to both sublayers of a parallel block and go only when both go. `attention_out` and `ffn_out`
     name the projections that write to the residual stream, inside the sublayer. `parallel` blocks
     feed the same input to both sublayers, so their sublayers cannot be re-paired. `norm_after`:
-    what a sublayer writes passes a norm before it is added to the residual stream.
+    what a sublayer writes passes the last of its norms before it is added to the residual stream.
     """
 
     attention: str
@@ -32,6 +32,11 @@ class FamilyRow:
     def parallel(self) -> bool:
         """Whether both sublayers read the same input."""
         return bool(self.shared_norms)
+
+    @property
+    def norm_before(self) -> bool:
+        """Whether every sublayer reads the residual stream through a norm."""
+        return self.parallel or len(self.attention_norms) > self.norm_after
 
 
 _PRE_NORM = FamilyRow("self_attn", "mlp", ("input_layernorm",), ("post_attention_layernorm",))

@@ -1,4 +1,4 @@
-"""Refitted projections on disk: one safetensors file beside the result of a search."""
+"""Refitted weights on disk: one safetensors file beside the result of a search."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def save_patches(path: Path, patches: Sequence[Patch], anatomy: Anatomy, mask: M
         tensors[f"{name}.weight"] = patch.weight.contiguous().cpu()
         if patch.bias is not None:
             tensors[f"{name}.bias"] = patch.bias.contiguous().cpu()
+        if patch.norm is not None:
+            tensors[f"{name}.norm"] = patch.norm.contiguous().cpu()
         about[name] = {"ridge": patch.ridge, "left": patch.left}
     # One entry only: the library writes several in an order of its own.
     metadata = {"depthsearch": json.dumps({"format": 1, "mask": mask.key, "sites": about})}
@@ -43,7 +45,7 @@ def save_patches(path: Path, patches: Sequence[Patch], anatomy: Anatomy, mask: M
 
 
 def load_patches(path: Path, anatomy: Anatomy, mask: Mask, sha256: str) -> tuple[Patch, ...]:
-    """The refitted projections of `mask`.
+    """The refitted weights of `mask`.
 
     Raises RunDirectoryError where the file is missing, damaged, or belongs to another mask.
     """
@@ -68,6 +70,7 @@ def load_patches(path: Path, anatomy: Anatomy, mask: Mask, sha256: str) -> tuple
             tensors.get(f"{name}.bias"),
             entry["ridge"],
             entry["left"],
+            tensors.get(f"{name}.norm"),
         )
         for name, entry in about["sites"].items()
     )
