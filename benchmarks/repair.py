@@ -33,7 +33,8 @@ from depthsearch.calibration.text import load_documents
 from depthsearch.calibration.windows import make_splits
 from depthsearch.config import load_config
 from depthsearch.evaluation import InProcess, Refitted
-from depthsearch.model.repair import OPERATORS, Patch, patched
+from depthsearch.model.operators import OPERATORS
+from depthsearch.model.repair import Patch, patched
 from depthsearch.run.session import Session
 from depthsearch.space import Mask
 
