@@ -209,7 +209,8 @@ class CalibrationConfig(_Section):
     finals_tokens: Tokens = 16384
     """fresh tokens that the finalists are ranked on again"""
     fit_tokens: Tokens = 8192
-    """tokens that repairs are fitted on in the search; no mask is judged on them"""
+    """tokens that repairs are fitted on in the search; no mask is judged on them. The dense model's
+    stream there is kept in memory: tokens x (sublayers + 1) x hidden size numbers"""
     finals_fit_tokens: Tokens = 32768
     """tokens that the repairs of the finalists and of the result are fitted on"""
     heldout_tokens: Tokens = 16384
