@@ -150,11 +150,13 @@ def test_a_search_goes_on_when_all_nodes_are_gone_and_new_ones_come(
             for raylet in cluster["raylets"]:
                 # Both, so that the search must wait for new ones.
                 os.kill(raylet, signal.SIGKILL)
-            for raylet in cluster["raylets"]:
-                until(lambda pid=raylet: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-            nodes.stdin.write("more\n")
-            nodes.stdin.flush()
-            assert int(nodes.stdout.readline()) == 2
+            new = 0
+            deadline = time.monotonic() + PATIENCE_S
+            while new < 2:
+                assert time.monotonic() < deadline
+                nodes.stdin.write("more\n")
+                nodes.stdin.flush()
+                new += int(nodes.stdout.readline())
             _, said = driver.communicate(timeout=PATIENCE_S)
         assert driver.returncode == 0, said
         nodes.stdin.close()
