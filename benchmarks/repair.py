@@ -39,7 +39,7 @@ from depthsearch.run.session import Session
 from depthsearch.space import Mask
 
 KINDS = ("gap", "sequential")
-OFFSPRING = 16
+OFFSPRING = 8
 
 
 def main() -> None:
@@ -164,7 +164,7 @@ class Bench:
             tabled.prepare(masks)
             cost[name] = backend.plan(masks)
             run_all(backend, masks)
-        for _ in range(3):
+        for _ in range(2):
             for name, backend in backends.items():
                 start = time.perf_counter()
                 run_all(backend, masks)
