@@ -81,6 +81,13 @@ def below(process: subprocess.Popen[str], name: str) -> list[psutil.Process]:
     return [child for child in found if child.name().startswith(name)]
 
 
+def ends_with_one_line(driver: subprocess.Popen[str], reason: str) -> None:
+    _, said = driver.communicate(timeout=PATIENCE_S)
+    assert driver.returncode == 2, said
+    assert said.startswith(f"depthsearch: {reason}")
+    assert said.count("\n") == 1
+
+
 def test_nothing_is_lost_when_the_raylet_and_then_the_driver_are_killed(
     workplace: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -91,10 +98,7 @@ def test_nothing_is_lost_when_the_raylet_and_then_the_driver_are_killed(
         until(lambda: records(out) >= 4)
         (raylet,) = below(driver, "raylet")
         raylet.kill()
-        _, said = driver.communicate(timeout=PATIENCE_S)
-    assert driver.returncode == 2, said
-    assert said.startswith("depthsearch: Ray's server on this machine (the raylet) has died")
-    assert said.count("\n") == 1
+        ends_with_one_line(driver, "Ray's server on this machine (the raylet) has died")
     assert not (out / BEST).exists()
 
     before = records(out)
@@ -121,10 +125,7 @@ def test_the_head_of_its_own_cluster_killed_ends_a_search_with_one_line(
         until(lambda: records(out) >= 3)
         (gcs,) = below(driver, "gcs_server")
         gcs.kill()
-        _, said = driver.communicate(timeout=PATIENCE_S)
-    assert driver.returncode == 2, said
-    assert said.startswith("depthsearch: the head of the Ray cluster (the GCS) has died")
-    assert said.count("\n") == 1
+        ends_with_one_line(driver, "the head of the Ray cluster (the GCS) has died")
 
 
 def test_a_search_goes_on_when_all_nodes_are_gone_and_new_ones_come(

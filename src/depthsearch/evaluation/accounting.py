@@ -53,7 +53,11 @@ class Accounting:
 
     def preparation(self, sequences: int) -> float:
         """The dense pass that records `sequences` sequences; it needs no head."""
-        return sequences * self.window_tokens * sum(self.site_flops) / self.dense_flops
+        return self.body(sequences * self.window_tokens)
+
+    def body(self, tokens: int) -> float:
+        """A dense pass over `tokens` tokens without the head."""
+        return tokens * sum(self.site_flops) / self.dense_flops
 
     def executed(self, masks: Sequence[Mask]) -> list[int]:
         """How often each site is run for these masks, at least one."""

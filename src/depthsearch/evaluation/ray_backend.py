@@ -22,11 +22,12 @@ from depthsearch.evaluation.crew import Answer, Done, Event, Failed, Joined, Lim
 from depthsearch.evaluation.dispatch import Dispatcher
 from depthsearch.evaluation.inprocess import InProcess
 from depthsearch.evaluation.lifeline import Lifeline
+from depthsearch.evaluation.planned import Planned
 from depthsearch.evaluation.refitted import Refitted
 from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
 from depthsearch.model.packing import PackedModel
 from depthsearch.sources import one_line
-from depthsearch.space import Hints, Mask, Status
+from depthsearch.space import Mask, Status
 
 _STATE_EVERY_S = 2.0
 _CAPACITY_EVERY_S = 5.0
@@ -228,7 +229,7 @@ class Cluster:
         self.on_state({"version": 1, "time": time.time(), **state})
 
 
-class RayBackend:
+class RayBackend(Planned[InProcess | Refitted]):
     """Evaluates masks on one text by the workers of a cluster: a `Backend`.
 
     `planner` is the same text in-process, which says what things cost and computes the hints; it
@@ -236,25 +237,10 @@ class RayBackend:
     """
 
     def __init__(self, cluster: Cluster, planner: InProcess | Refitted, text: Text) -> None:
+        super().__init__(planner)
         self._cluster = cluster
-        self._planner = planner
         self._text = text
         cluster.crew.add_text(text)
-
-    @property
-    def sequences(self) -> tuple[int, ...]:
-        """Sequences in each batch."""
-        return self._planner.sequences
-
-    @property
-    def window_tokens(self) -> int:
-        """Tokens of one sequence."""
-        return self._planner.window_tokens
-
-    @property
-    def preparation(self) -> float:
-        """The `cost_tokens` of the one dense pass that records every batch."""
-        return self._planner.preparation
 
     def run(
         self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
@@ -270,18 +256,6 @@ class RayBackend:
             tuple(answer.status for answer in answers),
             self._planner.unit_cost(batch, masks),
         )
-
-    def plan(self, masks: Sequence[Mask]) -> float:
-        """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
-        return self._planner.plan(masks)
-
-    def prepare(self, masks: Sequence[Mask]) -> float:
-        """What `masks` need once, as the planner says."""
-        return self._planner.prepare(masks)
-
-    def hints(self) -> tuple[Hints, float]:
-        """Similarities of the dense residual stream, computed by the driver."""
-        return self._planner.hints()
 
 
 def _connect(settings: RaySettings) -> bool:

@@ -7,6 +7,7 @@ a set of masks, and a race between batches would save little.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,9 +57,7 @@ class Refitted:
     @property
     def preparation(self) -> float:
         """The `cost_tokens` of the dense passes that record both texts."""
-        accounting = self._judge.accounting
-        fit = self._fit.tokens * sum(accounting.site_flops) / accounting.dense_flops
-        return self._judge.preparation + fit
+        return self._judge.preparation + self._judge.accounting.body(self._fit.tokens)
 
     def run(
         self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
@@ -123,3 +122,13 @@ class Refitted:
             for site, flops in enumerate(accounting.site_flops)
         )
         return judged + float(flops) / accounting.dense_flops
+
+
+def repairing(repair: Repair, fit: Tensor | None, **judge: Any) -> InProcess | Refitted:
+    """What judges masks after `repair` on the windows `fit`; `judge` is what `InProcess` takes."""
+    if repair == "none":
+        return InProcess(**judge)
+    assert fit is not None
+    if repair == "table":
+        return InProcess(**judge, fit=fit)
+    return Refitted(InProcess(**judge), fit, repair)

@@ -11,11 +11,13 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from depthsearch.evaluation.ahead import Ahead, Found
 from depthsearch.evaluation.backend import UnitResult
 from depthsearch.evaluation.crew import Answer
 from depthsearch.evaluation.dispatch import Dispatcher
+from depthsearch.evaluation.planned import Planned
 from depthsearch.evaluation.streamed import Streamed
-from depthsearch.space import Hints, Mask, Status
+from depthsearch.space import Mask, Status
 
 
 def share_number(batches: Sequence[int]) -> int:
@@ -64,7 +66,7 @@ def by_batch(
             yield (), Status.NON_FINITE
 
 
-class SpreadStreamed:
+class SpreadStreamed(Planned[Streamed]):
     """Evaluates masks on one text by workers that stream the weights: a `Backend`.
 
     `planner` is the same text in this process: it says what things cost and computes the hints, in
@@ -73,56 +75,20 @@ class SpreadStreamed:
     """
 
     def __init__(self, dispatcher: Dispatcher, planner: Streamed, text: str) -> None:
+        super().__init__(planner)
         self._dispatcher = dispatcher
-        self._planner = planner
         self._text = text
-        self._held: dict[tuple[int, Mask], tuple[tuple[float, ...], Status]] = {}
-
-    @property
-    def sequences(self) -> tuple[int, ...]:
-        """Sequences in each batch."""
-        return self._planner.sequences
-
-    @property
-    def window_tokens(self) -> int:
-        """Tokens of one sequence."""
-        return self._planner.window_tokens
-
-    @property
-    def preparation(self) -> float:
-        """The `cost_tokens` of the one dense pass that records every batch."""
-        return self._planner.preparation
+        self._ahead = Ahead(self._compute)
 
     def run(
         self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
     ) -> UnitResult:
         """The losses of one unit; all that lie ahead are computed with the first."""
-        if any((batch, mask) not in self._held for mask in masks):
-            self._held = {}
-            self._compute([batch, *ahead], masks)
-        found = [self._held[batch, mask] for mask in masks]
-        for mask in masks:
-            self._held.pop((batch, mask), None)
-        return UnitResult(
-            tuple(losses for losses, _ in found),
-            tuple(status for _, status in found),
-            self._planner.unit_cost(batch, masks),
-        )
+        return self._ahead.unit(batch, masks, ahead, self._planner.unit_cost(batch, masks))
 
-    def plan(self, masks: Sequence[Mask]) -> float:
-        """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
-        return self._planner.plan(masks)
-
-    def prepare(self, masks: Sequence[Mask]) -> float:
-        """Nothing: no part of it is paid once."""
-        return 0.0
-
-    def hints(self) -> tuple[Hints, float]:
-        """Similarities of the dense residual stream, computed by this process."""
-        return self._planner.hints()
-
-    def _compute(self, batches: Sequence[int], masks: Sequence[Mask]) -> None:
+    def _compute(self, batches: Sequence[int], masks: Sequence[Mask]) -> Found:
         """Have `masks` computed on all `batches`, in a pass of each worker."""
+        found = {}
         workers = max(1, self._dispatcher.places)
         shares = _shares(batches, workers)
         least = -(-len(masks) // max(1, workers // len(shares)))
@@ -133,8 +99,9 @@ class SpreadStreamed:
             )
             sequences = [self.sequences[batch] for batch in share]
             for mask, answer in zip(masks, answers, strict=True):
-                for batch, found in zip(share, by_batch(answer, sequences), strict=True):
-                    self._held[batch, mask] = found
+                for batch, part in zip(share, by_batch(answer, sequences), strict=True):
+                    found[batch, mask] = part
+        return found
 
 
 def _shares(batches: Sequence[int], workers: int) -> list[Sequence[int]]:

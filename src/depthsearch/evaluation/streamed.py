@@ -18,6 +18,7 @@ from torch import Tensor
 from depthsearch.calibration.objectives import Objective, figures
 from depthsearch.errors import DataError, ModelError
 from depthsearch.evaluation.accounting import Accounting
+from depthsearch.evaluation.ahead import Ahead, Found
 from depthsearch.evaluation.backend import UnitResult
 from depthsearch.evaluation.breadth import DensePath, DenseStream, Entry, Prefixes, Traveller
 from depthsearch.evaluation.samples import draw_samples, is_out_of_memory, joined, unit_result
@@ -79,7 +80,7 @@ class Streamed:
         self._entries: tuple[Entry, ...] = ()
         self._teacher: dict[int, Tensor] = {}
         self._passes = 0
-        self._held: dict[tuple[int, Mask], tuple[tuple[float, ...], Status]] = {}
+        self._ahead = Ahead(self._compute)
         needed = self._waiting_bytes([Mask.dense(2 * self._blocks)], range(len(self._samples)))
         if host_bytes is not None and host_bytes < needed:
             raise DataError(
@@ -119,22 +120,15 @@ class Streamed:
         They are kept until another set of masks is asked for, so a race over many batches takes
         one pass; what it ends early is computed, but not counted.
         """
-        if any((batch, mask) not in self._held for mask in masks):
-            self._passes = 0
-            batches = [batch, *ahead]
-            self._held = {
-                (place, mask): (losses, status)
-                for place, unit in zip(batches, self._units(batches, masks), strict=True)
-                for mask, losses, status in zip(masks, unit.losses, unit.statuses, strict=True)
-            }
-        found = [self._held[batch, mask] for mask in masks]
-        for mask in masks:
-            self._held.pop((batch, mask), None)
-        return UnitResult(
-            tuple(losses for losses, _ in found),
-            tuple(status for _, status in found),
-            self.unit_cost(batch, masks),
-        )
+        return self._ahead.unit(batch, masks, ahead, self.unit_cost(batch, masks))
+
+    def _compute(self, batches: Sequence[int], masks: Sequence[Mask]) -> Found:
+        self._passes = 0
+        return {
+            (place, mask): (losses, status)
+            for place, unit in zip(batches, self._units(batches, masks), strict=True)
+            for mask, losses, status in zip(masks, unit.losses, unit.statuses, strict=True)
+        }
 
     def run_all(
         self, masks: Sequence[Mask], batches: Sequence[int] | None = None

@@ -41,8 +41,7 @@ class RepairTable:
     @property
     def preparation(self) -> float:
         """The `cost_tokens` of the dense pass over the fit text."""
-        accounting = self._accounting
-        return self._fit.tokens * sum(accounting.site_flops) / accounting.dense_flops
+        return self._accounting.body(self._fit.tokens)
 
     def cost(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of the gaps of `masks` that were not counted yet."""

@@ -18,7 +18,7 @@ import torch
 from depthsearch.calibration.objectives import OBJECTIVES
 from depthsearch.evaluation.crew import Answer
 from depthsearch.evaluation.inprocess import InProcess
-from depthsearch.evaluation.refitted import Refitted
+from depthsearch.evaluation.refitted import Refitted, repairing
 from depthsearch.evaluation.spread import share_answers, share_batches
 from depthsearch.evaluation.streamed import Streamed
 from depthsearch.evaluation.turns import Repair
@@ -157,9 +157,5 @@ class Worker:
         }
         if self._streamed is not None:
             return Streamed(self._streamed, **what, host_bytes=self._host_bytes)
-        if text.fit is None:
-            return InProcess(self._model, self._anatomy, **what)
-        fit = torch.from_numpy(text.fit.copy())
-        if text.repair == "table":
-            return InProcess(self._model, self._anatomy, **what, fit=fit)
-        return Refitted(InProcess(self._model, self._anatomy, **what), fit, text.repair)
+        fit = None if text.fit is None else torch.from_numpy(text.fit.copy())
+        return repairing(text.repair, fit, model=self._model, anatomy=self._anatomy, **what)

@@ -21,6 +21,7 @@ from depthsearch.calibration.windows import Splits, make_splits
 from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
 from depthsearch.errors import MaskError
 from depthsearch.evaluation import Backend, InProcess, Refitted, Streamed
+from depthsearch.evaluation.refitted import repairing
 from depthsearch.evaluation.turns import Repair
 from depthsearch.model.anatomy import Anatomy, describe
 from depthsearch.model.costs import cost_table
@@ -138,9 +139,10 @@ class Session:
         kind = self.config.search.finished
         if kind == "none":
             return ()
-        here = self._here(splits.finals, KLDivergence(), self.config.objective.positions, seed)
-        assert isinstance(here, InProcess)
-        return Refitted(here, self._fit_windows(splits, final=True), kind).repair(mask)
+        fit, positions = self._fit_windows(splits, final=True), self.config.objective.positions
+        here = self._here(splits.finals, KLDivergence(), positions, seed, kind, fit)
+        assert isinstance(here, Refitted)
+        return here.repair(mask)
 
     def backend(
         self,
@@ -154,16 +156,8 @@ class Session:
         With a `repair` masks are fitted on the windows `fit` first.
         """
         objective = self.config.objective
-        here: InProcess | Refitted | Streamed = self._here(
-            windows,
-            OBJECTIVES[objective.kind](),
-            objective.positions,
-            seed,
-            fit if repair == "table" else None,
-        )
-        if repair in ("gap", "sequential") and isinstance(here, InProcess):
-            assert fit is not None
-            here = Refitted(here, fit, repair)
+        loss = OBJECTIVES[objective.kind]()
+        here = self._here(windows, loss, objective.positions, seed, repair, fit)
         if self.config.cluster.backend == "in-process":
             return here
         from depthsearch.evaluation.ray_backend import RayBackend
@@ -210,7 +204,9 @@ class Session:
 
     def judge(self, windows: torch.Tensor) -> InProcess | Streamed:
         """A backend of this process for held-out figures, on every position."""
-        return self._here(windows, KLDivergence(), 1.0, 0)
+        here = self._here(windows, KLDivergence(), 1.0, 0)
+        assert not isinstance(here, Refitted)
+        return here
 
     def _here(
         self,
@@ -218,8 +214,9 @@ class Session:
         objective: Objective,
         positions: float,
         seed: int,
+        repair: Repair = "none",
         fit: torch.Tensor | None = None,
-    ) -> InProcess | Streamed:
+    ) -> InProcess | Refitted | Streamed:
         what: dict[str, Any] = {
             "windows": windows,
             "objective": objective,
@@ -230,7 +227,7 @@ class Session:
         }
         if self.streamed is not None:
             return Streamed(self.streamed, **what, host_bytes=host_bytes(self.config.model))
-        return InProcess(self.loaded.model, self.anatomy, **what, fit=fit)
+        return repairing(repair, fit, model=self.loaded.model, anatomy=self.anatomy, **what)
 
     @property
     def _repair_text(self) -> str:
