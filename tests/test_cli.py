@@ -7,70 +7,30 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.commands import Cli, Result
 from tests.processes import start_command
 from tests.tiny_models import save_tiny, tiny_tokenizer
 from tests.tiny_runs import write_config, write_text, write_workplace
 
 from depthsearch import __version__
-from depthsearch.cli import main
 from depthsearch.journal import read_journal, without_times
 
 COMMANDS = (
     "inspect", "search", "resume", "compare", "export", "evaluate", "report", "watch", "feed",
+    "overfit",
 )  # fmt: skip
 LONG = {"method": "evolution", "max_evaluations": 120, "finalists": 4}
 LONG_SETTINGS: dict[str, Any] = {
     "search": LONG,
     "calibration": {"select_tokens": 512, "batch_tokens": 32},
 }
-
-
-@dataclass
-class Result:
-    """How a command ended, and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def message(self) -> str:
-        """The one line that an error consists of."""
-        lines = self.err.splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("depthsearch: ")
-        assert self.out == ""
-        return lines[0].removeprefix("depthsearch: ")
-
-
-Cli = Callable[..., Result]
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Runs a command in this process."""
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["depthsearch", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        printed = capfd.readouterr()
-        return Result(code, printed.out, printed.err)
-
-    return run
 
 
 def finish(running: subprocess.Popen[str]) -> Result:

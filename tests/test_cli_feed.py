@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from tests.commands import Cli
 
-from depthsearch.cli import main
 from depthsearch.config import load_config
 from depthsearch.run.search import search
 
@@ -21,26 +20,11 @@ def run(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def feed(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["depthsearch", "feed", *map(str, arguments)])
-    capfd.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    return code, *capfd.readouterr()
-
-
-def test_a_table_and_a_verdict(
-    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_and_a_verdict(run: Path, cli: Cli) -> None:
     before = {path: path.read_bytes() for path in run.iterdir()}
-    code, out, err = feed(capfd, monkeypatch, run, "--workers", "16,1")
-    assert code == 0, err
+    shown = cli("feed", run, "--workers", "16,1")
+    assert shown.code == 0, shown.err
+    out = shown.out
     rows = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
     assert [row[0].strip() for row in rows] == ["1", "16"]
     assert [cell.strip() for cell in rows[0]] == ["1", "100 %", "100 %", "1.0"]
@@ -49,20 +33,16 @@ def test_a_table_and_a_verdict(
     assert {path: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_json_holds_the_same(
-    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, _ = feed(capfd, monkeypatch, run, "--json")
-    found = json.loads(out)
-    assert code == 0
+def test_json_holds_the_same(run: Path, cli: Cli) -> None:
+    shown = cli("feed", run, "--json")
+    found = json.loads(shown.out)
+    assert shown.code == 0
     assert [row["workers"] for row in found["workers"]] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     assert found["batches"] == 4
     assert found["verdict"].startswith("This search feeds ")
 
 
-def test_mistakes_end_with_one_line_and_two(
-    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_end_with_one_line_and_two(run: Path, tmp_path: Path, cli: Cli) -> None:
     bare = shutil.copytree(run, tmp_path / "bare")
     first = (bare / "journal.jsonl").read_text().splitlines(keepends=True)[0]
     (bare / "journal.jsonl").write_text(first)
@@ -74,8 +54,6 @@ def test_mistakes_end_with_one_line_and_two(
         ((broken,), "line 2 is not a JSON object"),
         ((run, "--workers", "1,many"), "--workers is '1,many'"),
     ):
-        code, out, err = feed(capfd, monkeypatch, *arguments)
-        assert (code, out) == (2, "")
-        assert len(err.splitlines()) == 1, err
-        assert err.startswith("depthsearch: ")
-        assert message in err
+        shown = cli("feed", *arguments)
+        assert shown.code == 2
+        assert message in shown.message

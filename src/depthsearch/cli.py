@@ -242,6 +242,39 @@ def feed(
     _show(found, as_json, lambda data: [feeding_table(data), data["verdict"], *data["notes"]])
 
 
+@app.command()
+def overfit(
+    run: Run,
+    fit: Annotated[
+        str, typer.Option(help="Sizes of the text to fit on, in tokens.")
+    ] = "1024,4096,16384,65536",
+    other: Annotated[
+        str | None, typer.Option(help="Text of another kind: a file, a folder or a hub data set.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column of it that holds the text.")] = None,
+    repair: Annotated[
+        str | None, typer.Option(help="gap or sequential; left out, as the run repairs.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell whether the repair of a run's best mask overfits, and how much text it needs.
+
+    Repairs it on less and more text, and shows what it loses on that text, on held-out text of the
+    same source and on `--other` text. The curve goes into the report of the run.
+    """
+    from depthsearch.report import write_report
+    from depthsearch.run.overfit import overfit as run_overfit
+    from depthsearch.run.overfit import parse_sizes
+    from depthsearch.terminal import overfit_table, stage_bar
+
+    sizes = parse_sizes(fit)
+    with stage_bar() as bar:
+        found = run_overfit(run, sizes, other=other, column=column, kind=repair, on_stage=bar)
+    path = write_report(run)
+    _show(found, as_json, lambda data: [overfit_table(data), data["verdict"]])
+    _say(f"Report: {path}", as_json)
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,

@@ -149,6 +149,23 @@ def feeding_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
+def overfit_table(found: Mapping[str, Any]) -> Table:
+    """What a repaired mask loses on each text, by the size of the text it was fitted on."""
+    table = Table(title=f"Repaired ({found['repair']}), KL / excess cross-entropy in nats")
+    table.add_column("fitted on", justify="right")
+    texts = {"fit": "that text", "heldout": "held-out", "other": str(found["other"])}
+    shown = [name for name in texts if any(name in row for row in found["rows"])]
+    for name in shown:
+        table.add_column(texts[name], justify="right")
+    for row in found["rows"]:
+        cells = (
+            f"{row[name]['kl']:.4f} / {row[name]['excess']:.4f}" if name in row else ""
+            for name in shown
+        )
+        table.add_row(f"{row['fit_tokens']:,}" if row["fit_tokens"] else "as cut", *cells)
+    return table
+
+
 def figures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Measured models side by side, with the ratio where there are two."""
     table = Table(title="Measured in one run")

@@ -74,6 +74,7 @@ class RunData:
     cost_tokens: float
     seconds: float
     export: Mapping[str, Any] | None
+    overfit: Mapping[str, Any] | None
 
     @cached_property
     def objective(self) -> str:
@@ -214,6 +215,7 @@ def _assemble(
         ),
         seconds=max(times) - min(times) if times else 0.0,
         export=_read_json(run_dir / "export.json", "export the run again"),
+        overfit=_read_json(run_dir / "overfit.json", f"`depthsearch overfit {run_dir}` again"),
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -300,6 +301,55 @@ def dropped_picture(run: RunData) -> Picture:
         ]
         figure.legend(handles=handles, loc="outside lower center", ncol=2)
         return picture(figure, f"Share of the best {len(elite)} masks that drop each sublayer.")
+
+
+def overfit_picture(overfit: Mapping[str, Any]) -> Picture:
+    """Losses of the repaired mask against the size of its fit text, and as cut, by text."""
+    rows = overfit["rows"]
+    cut, fits = rows[0], rows[1:]
+    sizes = [row["fit_tokens"] for row in fits]
+    texts = {
+        "fit": ("the text it is fitted on", GREY, "s"),
+        "heldout": ("held-out text", ACCENT, "o"),
+        "other": (f"another text ({overfit['other']})", INK, "D"),
+    }
+    with canvas(9.6, 3.6) as figure:
+        for axis, kind, label in zip(
+            figure.subplots(1, 2),
+            ("kl", "excess"),
+            ("KL divergence to the dense model, nats", "excess cross-entropy, nats"),
+            strict=True,
+        ):
+            for name, (title, color, marker) in texts.items():
+                if name not in fits[0]:
+                    continue
+                axis.plot(
+                    sizes,
+                    [row[name][kind] for row in fits],
+                    color=color,
+                    marker=marker,
+                    markersize=5,
+                    label=title,
+                )
+                if name in cut:
+                    axis.axhline(cut[name][kind], color=color, linestyle=":", linewidth=1.2)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sizes, [wording.amount(size) for size in sizes])
+            axis.minorticks_off()
+            axis.set_ylim(bottom=0)
+            axis.set_xlabel("tokens the repair is fitted on")
+            axis.set_ylabel(label)
+        handles, titles = axis.get_legend_handles_labels()
+        handles.append(Line2D([], [], color=GREY, linestyle=":"))
+        figure.legend(handles, [*titles, "as cut"], loc="outside lower center", ncol=4)
+        said = "; ".join(
+            f"{size:,} tokens: {row['heldout']['kl']:.4f}"
+            for size, row in zip(sizes, fits, strict=True)
+        )
+        return picture(
+            figure,
+            f"Held-out KL by size of the fit text. As cut: {cut['heldout']['kl']:.4f}; {said}.",
+        )
 
 
 def running_best(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float]]:

@@ -39,6 +39,8 @@ def run_report(run_dir: Path) -> str:
         else None,
         finals=figures.finals_picture(run) if any(e.loss is not None for e in run.finals) else None,
         dropped=figures.dropped_picture(run) if run.ranked else None,
+        overfit=figures.overfit_picture(run.overfit) if run.overfit else None,
+        overfit_verdict=str((run.overfit or {}).get("verdict", "")),
         elite=len(run.elite()),
         best=tables.best_mask(run),
         top=tables.top_masks(run),

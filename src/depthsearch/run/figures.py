@@ -12,7 +12,7 @@ from torch import Tensor
 from depthsearch import __version__
 from depthsearch.calibration.text import load_documents
 from depthsearch.calibration.windows import text_windows
-from depthsearch.errors import RunDirectoryError
+from depthsearch.config import RunConfig
 from depthsearch.export import CardData, ExportResult, Figure, export
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.model.patches import load_patches
@@ -54,18 +54,11 @@ def export_run(
     The figures also go to export.json in the run directory, for its report. Raises
     RunDirectoryError for an unfinished run, ExportError, StorageError.
     """
-    config = run_config(run)
-    best = read_json(
-        run / BEST, f"it has not finished; continue it with `depthsearch resume {run}`"
-    )
+    config, best = finished_run(run)
     # Writing a checkpoint takes the whole model anyway, in the memory of this machine.
     model = config.model.model_copy(update={"streamed": False})
     session = Session.open(config.model_copy(update={"model": model}))
-    if session.loaded.fingerprint != best["model"]["fingerprint"]:
-        raise RunDirectoryError(
-            f"the model at {config.model.path} is not the one that {run} searched (its fingerprint "
-            "differs): restore it, or search again"
-        )
+    session.check_model(best, run)
     mask = Mask.from_key(best["mask"])
     splits = session.splits(config.search.seed)
     repair = best.get("repair")
@@ -129,6 +122,15 @@ def export_run(
     }
     write_json(run / EXPORT, summary)
     return result, summary
+
+
+def finished_run(run: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration and best.json of a run; raises RunDirectoryError for an unfinished one."""
+    config = run_config(run)
+    best = read_json(
+        run / BEST, f"it has not finished; continue it with `depthsearch resume {run}`"
+    )
+    return config, best
 
 
 def evaluate_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,7 @@ from depthsearch.calibration.objectives import OBJECTIVES, KLDivergence, Objecti
 from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.calibration.windows import Splits, make_splits
 from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
-from depthsearch.errors import MaskError
+from depthsearch.errors import MaskError, RunDirectoryError
 from depthsearch.evaluation import Backend, InProcess, Refitted, Streamed
 from depthsearch.evaluation.refitted import repairing
 from depthsearch.evaluation.turns import Repair
@@ -107,6 +107,14 @@ class Session:
             seed,
             self._fit_tokens,
         )
+
+    def check_model(self, best: Mapping[str, Any], run: Path) -> None:
+        """Raise RunDirectoryError where the best.json of `run` is of another model."""
+        if self.loaded.fingerprint != best["model"]["fingerprint"]:
+            raise RunDirectoryError(
+                f"the model at {self.config.model.path} is not the one that {run} searched (its "
+                "fingerprint differs): restore it, or search again"
+            )
 
     def close(self) -> None:
         """End the workers, if any."""
