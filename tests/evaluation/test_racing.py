@@ -11,7 +11,7 @@ from tests.tiny_models import tiny_model
 
 from depthsearch.evaluation import UnitResult, evaluate
 from depthsearch.evaluation.racing import MIN_SEQUENCES, losers
-from depthsearch.space import Evaluation, Hints, Mask, Status
+from depthsearch.space import Evaluation, Hints, Mask, Stage, Status
 
 BATCHES, ROWS, TOKENS = 8, 2, 16
 SEQUENCES = BATCHES * ROWS
@@ -227,3 +227,38 @@ def test_on_a_real_model_the_race_finds_the_winner_of_the_whole_field(seed: int)
     best = sorted(full, key=lambda e: e.order)[:4]
     raced, _ = evaluate(backend, masks, survivors=4)
     assert sorted(raced, key=lambda e: e.order)[:4] == best
+
+
+def test_stages_keep_the_best_so_far_whatever_they_differ_by() -> None:
+    """The mask that is best on all text, but not on its beginning, is lost, as it must be."""
+    backend = table([0.0] * 6, 0.001, shared=1.0)
+    masks = names(6)
+    late = masks[3]
+    backend.losses[late][: 4 * ROWS] += 1.0
+    backend.losses[late][4 * ROWS :] -= 10.0
+    found, cost = evaluate(backend, masks, stages=(Stage(0.25, 4), Stage(0.5, 2)))
+    firsts = {mask: losses[: 2 * ROWS].mean() for mask, losses in backend.losses.items()}
+    after_one = sorted(masks, key=lambda m: firsts[m])[:4]
+    halves = {mask: losses[: 4 * ROWS].mean() for mask, losses in backend.losses.items()}
+    after_two = sorted(after_one, key=lambda m: halves[m])[:2]
+    assert late not in after_two
+    assert set(complete(found)) == set(after_two)
+    assert sorted(len(e.losses) for e in found) == [4, 4, 8, 8, 16, 16]
+    assert cost == sum(e.tokens for e in found)
+    assert [len(asked) for _, asked in backend.asked] == [6, 6, 4, 4, 2, 2, 2, 2]
+
+
+def test_a_stage_at_the_end_cuts_nobody_short() -> None:
+    backend = table([0.0, 1.0, 2.0], 0.1)
+    found, _ = evaluate(backend, names(3), stages=(Stage(1.0, 1),))
+    assert all(e.status is Status.OK for e in found)
+
+
+def test_failures_are_no_survivors_of_a_stage() -> None:
+    backend = table([0.0, 1.0, 2.0], 0.01)
+    first, second, third = names(3)
+    backend.failing[first, 0] = Status.NON_FINITE
+    found, _ = evaluate(backend, names(3), stages=(Stage(0.125, 1),))
+    assert [e.status for e in found] == [Status.NON_FINITE, Status.OK, Status.ELIMINATED]
+    assert complete(found) == [second]
+    assert third not in complete(found)

@@ -32,6 +32,7 @@ ARMS: list[Arm] = [
     ("greedy", {"rule": "plain"}),
     ("evolution", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     ("evolution", {"longest_gap": 6}),
+    ("evopress", {"offspring": 5, "initial": 3, "screen": 0.5, "generations": 4}),
     ("optuna", {"sampler": "cmaes"}),
     ("optuna", {"sampler": "random", "batch": 1}),
 ]
@@ -165,6 +166,7 @@ BOUNDS = {
     "greedy": (0, 0),
     "greedy-rule=plain": (0, 0),
     "evolution": (0, 0),
+    "evopress": (3, 0),
     "optuna": (0, 0),
 }
 """By arm: how many masks of the `sublayer` and the `packable` space are better than its best.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from depthsearch.evaluation.backend import Backend
-from depthsearch.space import Evaluation, Mask, Status
+from depthsearch.space import Evaluation, Mask, Stage, Status
 
 MARGIN = 3.0
 MIN_SEQUENCES = 4
@@ -26,23 +26,25 @@ def evaluate(
     *,
     survivors: int | None = None,
     rivals: Sequence[Evaluation] = (),
+    stages: Sequence[Stage] = (),
     on_unit: OnUnit | None = None,
 ) -> tuple[list[Evaluation], float]:
     """Evaluate `masks` on every batch; returns their evaluations in order and the cost_tokens.
 
     With `survivors` set, candidates that cannot be among that many best of masks and rivals are
-    eliminated early. `on_unit(batches done, batches, cost_tokens so far)` follows each unit.
+    eliminated early; each of `stages` eliminates all but its best, once its share of the text is
+    done. `on_unit(batches done, batches, cost_tokens so far)` follows each unit.
     """
     losses: list[list[float]] = [[] for _ in masks]
     statuses = [Status.OK] * len(masks)
     active = list(range(len(masks)))
     cost, total = 0.0, len(backend.sequences)
+    sure = survivors is None and not stages
+    cuts = list(stages)
     for batch in range(total):
         if not active:
             break
-        result = backend.run(
-            batch, [masks[i] for i in active], range(batch + 1, total), sure=survivors is None
-        )
+        result = backend.run(batch, [masks[i] for i in active], range(batch + 1, total), sure=sure)
         cost += result.cost_tokens
         for i, status, found in zip(active, result.statuses, result.losses, strict=True):
             statuses[i] = status
@@ -50,6 +52,12 @@ def evaluate(
         active = [i for i in active if statuses[i] is Status.OK]
         if survivors is not None and batch + 1 < total:
             for i in losers({i: losses[i] for i in active}, survivors, rivals):
+                statuses[i] = Status.ELIMINATED
+            active = [i for i in active if statuses[i] is Status.OK]
+        done = sum(backend.sequences[: batch + 1]) / sum(backend.sequences)
+        while cuts and cuts[0].share <= done and batch + 1 < total:
+            best = sorted(active, key=lambda i: (fmean(losses[i]), masks[i].key))
+            for i in best[cuts.pop(0).survivors :]:
                 statuses[i] = Status.ELIMINATED
             active = [i for i in active if statuses[i] is Status.OK]
         if on_unit is not None:

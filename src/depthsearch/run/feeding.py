@@ -250,7 +250,7 @@ def _asked(config: RunConfig, records: Sequence[Record]) -> Asked:
     raced = False
     for record in records:
         if record["op"] == "ask":
-            raced = record["survivors"] is not None
+            raced = record["survivors"] is not None or bool(record.get("stages"))
         elif record["op"] == "tell":
             evaluations = [Evaluation.from_json(entry) for entry in record["evaluations"]]
             asks.append(_ask(evaluations, raced, sequences, rows))

@@ -18,7 +18,7 @@ from depthsearch.errors import ConfigError, NothingFoundError
 from depthsearch.evaluation import Backend, evaluate
 from depthsearch.run.ledger import Ledger
 from depthsearch.searchers import build_searcher, is_baseline
-from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
+from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Stage, Status
 
 _MOST_FAILURES = 100
 """Failed evaluations in a row after which a search gives up."""
@@ -165,11 +165,29 @@ class SearchLoop:
             low, high = 0, len(proposals)
             while low < high:
                 middle = (low + high + 1) // 2
-                fits = self._select.plan([p.mask for p in proposals[:middle]]) <= left
+                fits = self._planned(proposals[:middle], batch.stages) <= left
                 low, high = (middle, high) if fits else (low, middle - 1)
             small = self._finishers and 4 * low < len(proposals)
             proposals = proposals[: 0 if small else low]
-        return Batch(proposals, batch.survivors, batch.rivals)
+        return Batch(proposals, batch.survivors, batch.rivals, batch.stages)
+
+    def _planned(self, proposals: Sequence[Proposal], stages: Sequence[Stage]) -> float:
+        """The most that evaluating these may cost, with what stages are sure to save."""
+        masks = [proposal.mask for proposal in proposals]
+        whole = self._select.plan(masks)
+        if not stages or not masks:
+            return whole
+        # A survivor alone shares nothing: what each would cost then bounds what all of them do.
+        alone = max(self._select.plan([mask]) for mask in masks)
+        batches = self._select.sequences
+        cost, rate, done = 0.0, whole, 0
+        cuts = list(stages)
+        for count in batches:
+            cost += rate * count / sum(batches)
+            done += count
+            while cuts and cuts[0].share * sum(batches) <= done:
+                rate = min(rate, cuts.pop(0).survivors * alone)
+        return cost
 
     def _reserve(self) -> float:
         """What the finals would cost with the finalists known by now.
@@ -199,6 +217,7 @@ class SearchLoop:
                 "survivors": survivors,
                 "rivals": [mask.key for mask in batch.rivals],
                 "proposals": [proposal.to_json() for proposal in batch.proposals],
+                **({"stages": [s.to_json() for s in batch.stages]} if batch.stages else {}),
             }
         )
 
@@ -210,6 +229,7 @@ class SearchLoop:
                 [proposal.mask for proposal in batch.proposals],
                 survivors=survivors,
                 rivals=[self._known[mask] for mask in batch.rivals if mask in self._known],
+                stages=batch.stages,
                 on_unit=lambda done, total, cost: self._report(
                     "search", self._spent + once + cost, done / total, batch.proposals
                 ),

@@ -10,6 +10,7 @@ import numpy as np
 from depthsearch.errors import ConfigError
 from depthsearch.searchers.baselines import cheap_baselines, is_baseline
 from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
+from depthsearch.searchers.evopress import EvoPressOptions, evopress_plan
 from depthsearch.searchers.greedy import GreedyOptions, greedy_plan
 from depthsearch.searchers.oneshot import (
     BlockInfluenceOptions,
@@ -107,6 +108,13 @@ def _evolution(
     return StagedSearcher("evolution", evolution_plan(space, hints, rng, chosen))
 
 
+def _evopress(
+    space: SearchSpace, _hints: Hints, rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(EvoPressOptions, "evopress", options)
+    return StagedSearcher("evopress", evopress_plan(space, rng, chosen))
+
+
 def _optuna(
     space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
 ) -> Searcher:
@@ -125,6 +133,7 @@ _OPTIONS: Mapping[str, type] = MappingProxyType(
         "windows": WindowsOptions,
         "greedy": GreedyOptions,
         "evolution": EvolutionOptions,
+        "evopress": EvoPressOptions,
     }
 )
 
@@ -136,6 +145,7 @@ SEARCHERS: Mapping[str, Build] = MappingProxyType(
         "windows": _windows,
         "greedy": _greedy,
         "evolution": _evolution,
+        "evopress": _evopress,
         "optuna": _optuna,
     }
 )

@@ -48,6 +48,14 @@ def at_least(options: object, **lowest: float) -> None:
             raise ConfigError(f"option '{name}' is at least {bound:g}: got {value!r}")
 
 
+def within(options: object, **bounds: tuple[float, float]) -> None:
+    """Raise ConfigError for a numeric option that is not above the first and at most the second."""
+    for name, (low, high) in bounds.items():
+        value = getattr(options, name)
+        if not low < value <= high:
+            raise ConfigError(f"option '{name}' is above {low:g}, at most {high:g}: got {value!r}")
+
+
 def _fits(value: object, hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))

@@ -44,7 +44,7 @@ class StagedSearcher:
                 return Batch(())
         count = len(self._queue) if n is None else n
         self._waiting, self._queue = tuple(self._queue[:count]), self._queue[count:]
-        return Batch(self._waiting, self._stage.survivors, self._rivals())
+        return Batch(self._waiting, self._stage.survivors, self._rivals(), self._stage.stages)
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Learn the losses of the last ask."""

@@ -106,17 +106,34 @@ class Proposal:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A cut: after `share` of the search text only the best `survivors` masks are judged on.
+
+    It falls at the end of the first batch with so much text.
+    """
+
+    share: float
+    survivors: int
+
+    def to_json(self) -> dict[str, float]:
+        """Plain data for JSON."""
+        return {"share": self.share, "survivors": self.survivors}
+
+
+@dataclass(frozen=True)
 class Batch:
     """What a searcher asks for at once; no proposals means that it has finished.
 
     `survivors` is how many of the best must be known at full fidelity (None: all of them), so that
     a race may stop the others early. `rivals` are masks already known at full fidelity which the
-    proposals must beat to be among those survivors.
+    proposals must beat to be among those survivors. `stages`, by share, are cuts that are made in
+    any case, whatever the losses differ by (successive halving).
     """
 
     proposals: tuple[Proposal, ...]
     survivors: int | None = None
     rivals: tuple[Mask, ...] = ()
+    stages: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""EvoPress: what its offspring and stages look like, and how it ends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from landscapes import Landscape, drive, proposals, toy
+
+from depthsearch.errors import ConfigError
+from depthsearch.searchers import build_searcher
+from depthsearch.searchers.evopress import (
+    EvoPressOptions,
+    balanced,
+    evopress_plan,
+    kinds_of,
+    published_generations,
+    switched,
+)
+from depthsearch.space import Budget, Evaluation, Mask, Stage, Status
+
+
+def kinds_dropped(mask: Mask) -> tuple[int, int]:
+    gone = [index % 2 for index in mask.dropped]
+    return gone.count(0), gone.count(1)
+
+
+def test_first_masks_drop_as_many_of_each_kind() -> None:
+    space = toy(8, Budget("sites", drop=6))
+    rng = np.random.default_rng(0)
+    masks = {balanced(space, rng, kinds_of(space)) for _ in range(50)}
+    assert len(masks) > 40
+    assert {kinds_dropped(mask) for mask in masks} == {(3, 3)}
+
+
+def test_a_switch_stays_within_a_kind_and_is_small() -> None:
+    space = toy(8, Budget("sites", drop=6))
+    rng = np.random.default_rng(0)
+    kinds = kinds_of(space)
+    parent = balanced(space, rng, kinds)
+    sizes = []
+    for _ in range(300):
+        child = switched(space, rng, parent, kinds)
+        assert kinds_dropped(child) == kinds_dropped(parent)
+        sizes.append(len(set(child.dropped) - set(parent.dropped)))
+    assert set(sizes) <= {0, 1, 2, 3}
+    # The smaller of two draws from 1 to 3 is 1 in five of nine cases.
+    assert 0.45 < sizes.count(1) / len(sizes) < 0.75
+
+
+@pytest.mark.parametrize(
+    ("dropped", "expected"),
+    [((0, 1), 5), ((0, 1, 2, 3), 8), ((0, 2, 4, 6), 11), ((), 1)],
+)
+def test_the_published_number_of_generations(dropped: tuple[int, ...], expected: int) -> None:
+    """Of 8 blocks: 1 x 7, 2 x 6 and 4 x 4 choices over 1.5, rounded up."""
+    space = toy(8, Budget("sites", drop=2))
+    assert published_generations(space.dense.without(dropped), kinds_of(space)) == expected
+
+
+def test_stages_parents_and_the_end() -> None:
+    space = toy(16)
+    landscape = Landscape(len(space.sites), 0)
+    options = EvoPressOptions(offspring=4, initial=3, screen=0.25, survivors=2, generations=5)
+    plan = evopress_plan(space, np.random.default_rng(0), options)
+    batch = next(plan)
+    assert [p.origin for p in batch.proposals] == ["random"] * 3
+    assert batch.stages == (Stage(0.25, 1),)
+    best, generations = None, 0
+    known: dict[Mask, Evaluation] = {}
+    while True:
+        # Only the first two are judged to the end, as a stage leaves them.
+        found = [landscape.evaluate(proposal.mask) for proposal in batch.proposals]
+        for e in found[2:]:
+            known[e.mask] = Evaluation(e.mask, e.losses[:1], e.tokens, Status.ELIMINATED)
+        known |= {e.mask: e for e in found[:2]}
+        complete = sorted(
+            (e for e in known.values() if e.status is Status.OK), key=lambda e: e.order
+        )
+        best = complete[0].mask
+        try:
+            batch = plan.send(known)
+        except StopIteration:
+            break
+        generations += 1
+        assert batch.stages == (Stage(0.25, 2),)
+        for proposal in batch.proposals:
+            swapped = set(proposal.mask.dropped) ^ set(best.dropped)
+            assert 0 < len(swapped) <= 8
+            assert proposal.mask not in known
+    assert generations == 5
+
+
+def test_until_something_worked_it_draws_at_random() -> None:
+    space = toy(16)
+    searcher = build_searcher(
+        "evopress", space, Landscape(len(space.sites)).hints(), np.random.default_rng(0),
+        {"initial": 4, "generations": 6},
+    )  # fmt: skip
+    record = drive(searcher, lambda p: Evaluation(p.mask, (), 0, Status.FAILED))
+    assert {p.origin for p in proposals(record)} == {"random"}
+    assert len(record) == 7
+
+
+def test_a_screen_of_nothing_is_refused() -> None:
+    for share in (0.0, 1.5):
+        with pytest.raises(ConfigError, match="option 'screen' is above 0, at most 1"):
+            EvoPressOptions(screen=share)
