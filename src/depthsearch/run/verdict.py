@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-ONE_PASS = ("windows", "block_influence", "single_removal")
+ONE_PASS = (
+    "fixed",
+    "windows",
+    "angular_window",
+    "block_influence",
+    "similarity",
+    "single_removal",
+)
 """Methods that rank or slide instead of searching."""
 
 
