@@ -12,8 +12,9 @@ ONE_PASS = (
     "block_influence",
     "similarity",
     "single_removal",
+    "additive",
 )
-"""Methods that rank or slide instead of searching."""
+"""Methods that rank, slide or add up instead of searching."""
 
 
 def verdict(summary: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from types import MappingProxyType, NoneType
 import numpy as np
 
 from depthsearch.errors import ConfigError
+from depthsearch.searchers.additive import AdditiveOptions, additive_plan
 from depthsearch.searchers.baselines import cheap_baselines, is_baseline
 from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
 from depthsearch.searchers.fixed import FixedOptions, fixed_plan
@@ -112,6 +113,13 @@ def _single_removal(
     return StagedSearcher("single_removal", single_removal_plan(space, hints))
 
 
+def _additive(
+    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(AdditiveOptions, "additive", options)
+    return StagedSearcher("additive", additive_plan(space, hints, chosen))
+
+
 def _windows(
     space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
 ) -> Searcher:
@@ -151,6 +159,7 @@ _OPTIONS: Mapping[str, type] = MappingProxyType(
         "similarity": SimilarityOptions,
         "angular_window": AngularWindowOptions,
         "single_removal": SingleRemovalOptions,
+        "additive": AdditiveOptions,
         "windows": WindowsOptions,
         "greedy": GreedyOptions,
         "evolution": EvolutionOptions,
@@ -165,6 +174,7 @@ SEARCHERS: Mapping[str, Build] = MappingProxyType(
         "similarity": _similarity,
         "angular_window": _angular_window,
         "single_removal": _single_removal,
+        "additive": _additive,
         "windows": _windows,
         "greedy": _greedy,
         "evolution": _evolution,
