@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-ONE_PASS = ("windows", "block_influence", "single_removal")
-"""Methods that rank or slide instead of searching."""
+ONE_PASS = (
+    "fixed",
+    "windows",
+    "angular_window",
+    "block_influence",
+    "similarity",
+    "single_removal",
+    "additive",
+)
+"""Methods that rank, slide or add up instead of searching."""
 
 
 def verdict(summary: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:

@@ -8,15 +8,21 @@ from types import MappingProxyType, NoneType
 import numpy as np
 
 from depthsearch.errors import ConfigError
+from depthsearch.searchers.additive import AdditiveOptions, additive_plan
 from depthsearch.searchers.baselines import cheap_baselines, is_baseline
 from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
 from depthsearch.searchers.evopress import EvoPressOptions, evopress_plan
+from depthsearch.searchers.fixed import FixedOptions, fixed_plan
 from depthsearch.searchers.greedy import GreedyOptions, greedy_plan
 from depthsearch.searchers.oneshot import (
+    AngularWindowOptions,
     BlockInfluenceOptions,
+    SimilarityOptions,
     SingleRemovalOptions,
     WindowsOptions,
+    angular_window_plan,
     block_influence_plan,
+    similarity_plan,
     single_removal_plan,
     windows_plan,
 )
@@ -73,6 +79,13 @@ def _random(
     return StagedSearcher("random", random_plan(space, rng, chosen))
 
 
+def _fixed(
+    space: SearchSpace, _hints: Hints, _rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(FixedOptions, "fixed", options)
+    return StagedSearcher("fixed", fixed_plan(space, chosen))
+
+
 def _block_influence(
     space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
 ) -> Searcher:
@@ -80,11 +93,32 @@ def _block_influence(
     return StagedSearcher("block_influence", block_influence_plan(space, hints, chosen))
 
 
+def _similarity(
+    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(SimilarityOptions, "similarity", options)
+    return StagedSearcher("similarity", similarity_plan(space, hints, chosen))
+
+
+def _angular_window(
+    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
+) -> Searcher:
+    parse_options(AngularWindowOptions, "angular_window", options)
+    return StagedSearcher("angular_window", angular_window_plan(space, hints))
+
+
 def _single_removal(
     space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
 ) -> Searcher:
     parse_options(SingleRemovalOptions, "single_removal", options)
     return StagedSearcher("single_removal", single_removal_plan(space, hints))
+
+
+def _additive(
+    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(AdditiveOptions, "additive", options)
+    return StagedSearcher("additive", additive_plan(space, hints, chosen))
 
 
 def _windows(
@@ -128,8 +162,12 @@ def _optuna(
 _OPTIONS: Mapping[str, type] = MappingProxyType(
     {
         "random": RandomOptions,
+        "fixed": FixedOptions,
         "block_influence": BlockInfluenceOptions,
+        "similarity": SimilarityOptions,
+        "angular_window": AngularWindowOptions,
         "single_removal": SingleRemovalOptions,
+        "additive": AdditiveOptions,
         "windows": WindowsOptions,
         "greedy": GreedyOptions,
         "evolution": EvolutionOptions,
@@ -140,8 +178,12 @@ _OPTIONS: Mapping[str, type] = MappingProxyType(
 SEARCHERS: Mapping[str, Build] = MappingProxyType(
     {
         "random": _random,
+        "fixed": _fixed,
         "block_influence": _block_influence,
+        "similarity": _similarity,
+        "angular_window": _angular_window,
         "single_removal": _single_removal,
+        "additive": _additive,
         "windows": _windows,
         "greedy": _greedy,
         "evolution": _evolution,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,8 @@ from depthsearch.searchers.ranking import (
 from depthsearch.searchers.staged import Answers, Plan
 from depthsearch.space import Batch, Hints, Proposal, SearchSpace, Status
 
+SIMILARITY = "similarity"
+
 
 @dataclass(frozen=True)
 class BlockInfluenceOptions:
@@ -28,6 +31,22 @@ class BlockInfluenceOptions:
 
     level: Literal["block", "site"] = "block"
     per_cost: bool = False
+
+
+@dataclass(frozen=True)
+class SimilarityOptions:
+    """`joint` ranks attention and FFN sublayers together.
+
+    `attention` drops attention sublayers as long as that suffices and FFN ones after them; `ffn`
+    the other way round. Cross-attention counts as attention.
+    """
+
+    target: Literal["joint", "attention", "ffn"] = "joint"
+
+
+@dataclass(frozen=True)
+class AngularWindowOptions:
+    """No options."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,53 @@ def block_influence_plan(space: SearchSpace, hints: Hints, options: BlockInfluen
         keys = per_cost(space, keys)
     origin = f"{BLOCK_INFLUENCE} of {options.level}s" + (" per cost" if options.per_cost else "")
     yield Batch((Proposal(space.decode(keys), origin),))
+
+
+def similarity_plan(space: SearchSpace, hints: Hints, options: SimilarityOptions) -> Plan:
+    """The one mask that drops the sublayers whose output is most like their input.
+
+    Similarity is the mean cosine over tokens between the residual stream before a sublayer and the
+    one after it ("What Matters in Transformers? Not All Attention is Needed", arXiv 2406.15786).
+    That is one minus the block influence of the site, so that `target: joint` gives the mask of
+    `block_influence` with `level: site`. In a space of whole blocks genes are blocks, and in a
+    packable one every pair holds one sublayer of each kind: `target` changes nothing there.
+    """
+    keys = influence_keys(space, hints)
+    origin = f"{SIMILARITY} of attention and FFN"
+    if options.target != "joint":
+        keys = kind_first(space, keys, options.target)
+        first, then = (
+            ("attention", "FFN") if options.target == "attention" else ("FFN", "attention")
+        )
+        origin = f"{SIMILARITY} of {first}, then {then}"
+    yield Batch((Proposal(space.decode(keys), origin),))
+
+
+def kind_first(
+    space: SearchSpace, keys: Sequence[float], target: Literal["attention", "ffn"]
+) -> tuple[float, ...]:
+    """Keys in the same order within each kind, all of the kind `target` below all others."""
+    later = 1.0 + max(keys) - min(keys)
+    kinds = [space.sites[gene[0]].kind for gene in space.genes]
+    return tuple(
+        key if (kind == "ffn") == (target == "ffn") else key + later
+        for key, kind in zip(keys, kinds, strict=True)
+    )
+
+
+def angular_window_plan(space: SearchSpace, hints: Hints) -> Plan:
+    """The one contiguous window with the smallest angular distance across it.
+
+    "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv 2403.17887, eq. 7; the hints
+    average the distance over all tokens, where the paper takes the last one of each sequence. It is
+    the first window of the method `windows`, without measuring the others; one whose evaluation
+    fails gives way to the next. Nothing is proposed where protected sites leave no window that
+    meets the budget.
+    """
+    for proposal in window_baselines(space, hints):
+        answers = yield Batch((proposal,))
+        if any(evaluation.status.has_loss for evaluation in answers.values()):
+            return
 
 
 def windows_plan(space: SearchSpace, hints: Hints, options: WindowsOptions) -> Plan:
