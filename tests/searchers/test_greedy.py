@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from landscapes import SPACES, Landscape, drive, proposals, toy
+from landscapes import SPACES, Landscape, SiteCosts, drive, proposals, toy
 
 from depthsearch.searchers import build_searcher
-from depthsearch.space import Budget, Evaluation, Hints, Proposal, Status
+from depthsearch.space import Budget, Evaluation, Hints, Proposal, SearchSpace, Status
 
 # Two blocks, attention costs 1 and FFN 3: 8 in all, of which the budget keeps 4.
 SPACE = toy(2, Budget("params", ratio=0.5, of="blocks"))
@@ -89,3 +89,13 @@ def test_ends_on_budget_on_a_large_packable_space() -> None:
     last = proposals(record)[-1]
     assert last.final
     assert space.on_budget(last.mask)
+
+
+def test_sites_that_free_nothing_alone_are_ranked_by_their_loss() -> None:
+    space = toy(4, Budget("kv_bytes", ratio=0.5), "attention")
+    shared = SiteCosts(0, (0,) * 8, (((0, 2), 2), ((4, 6), 2)))
+    space = SearchSpace(space.sites, type(space.costs)({"kv_bytes": shared}), space.budget)
+    landscape = Landscape(8)
+    searcher = build_searcher("greedy", space, landscape.hints(), np.random.default_rng(0), {})
+    record = drive(searcher, lambda p: landscape.evaluate(p.mask))
+    assert space.on_budget(proposals(record)[-1].mask)

@@ -105,6 +105,9 @@ def freed_cost(space: SearchSpace, larger: Mask, smaller: Mask) -> int:
 def price(increase: float, freed: int) -> float:
     """Loss increase per unit of budget freed; lower is better.
 
-    A decrease is multiplied instead, so that of two equal gains the one that frees more wins.
+    A decrease is multiplied instead, so that of two equal gains the one that frees more wins. Where
+    nothing is freed (sites that share one cache go one by one), it is the increase alone.
     """
+    if not freed:
+        return increase
     return increase / freed if increase > 0 else increase * freed
