@@ -30,13 +30,15 @@ ARMS: list[Arm] = [
     *((method, {}) for method in SEARCHERS),
     ("block_influence", {"level": "site", "per_cost": True}),
     ("greedy", {"rule": "plain"}),
+    ("greedy", {"exchange": 2}),
+    ("greedy", {"rule": "plain", "exchange": 3, "exchange_candidates": 4}),
     ("evolution", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     ("evolution", {"longest_gap": 6}),
     ("optuna", {"sampler": "cmaes"}),
     ("optuna", {"sampler": "random", "batch": 1}),
 ]
 EXHAUSTING: list[Arm] = [arm for arm in ARMS if arm[0] in ("random", "evolution", "optuna")]
-LIMIT = 45
+LIMIT = 70
 
 
 def arm_name(arm: Arm) -> str:
@@ -282,6 +284,8 @@ def test_unknown_options_are_refused_with_the_method(method: str) -> None:
         ("evolution", {"parents": 0}, "'parents' is at least 1: got 0"),
         ("evolution", {"sweep": 1}, "takes true or false: got 1"),
         ("greedy", {"rule": "cheap"}, "one of cost_aware, plain: got 'cheap'"),
+        ("greedy", {"exchange": -1}, "'exchange' is at least 0: got -1"),
+        ("greedy", {"exchange_candidates": 0}, "'exchange_candidates' is at least 1: got 0"),
         ("random", {"batch": 0}, "'batch' is at least 1"),
         ("optuna", {"storage": 3}, "takes text or null: got 3"),
     ],
