@@ -9,6 +9,7 @@ import numpy as np
 
 from depthsearch.errors import ConfigError
 from depthsearch.searchers.baselines import cheap_baselines, is_baseline
+from depthsearch.searchers.beam import BeamOptions, beam_plan
 from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
 from depthsearch.searchers.greedy import GreedyOptions, greedy_plan
 from depthsearch.searchers.oneshot import (
@@ -100,6 +101,11 @@ def _greedy(
     return StagedSearcher("greedy", greedy_plan(space, hints, rng, chosen))
 
 
+def _beam(space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options) -> Searcher:
+    chosen = parse_options(BeamOptions, "beam", options)
+    return StagedSearcher("beam", beam_plan(space, hints, rng, chosen))
+
+
 def _evolution(
     space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
 ) -> Searcher:
@@ -124,6 +130,7 @@ _OPTIONS: Mapping[str, type] = MappingProxyType(
         "single_removal": SingleRemovalOptions,
         "windows": WindowsOptions,
         "greedy": GreedyOptions,
+        "beam": BeamOptions,
         "evolution": EvolutionOptions,
     }
 )
@@ -135,6 +142,7 @@ SEARCHERS: Mapping[str, Build] = MappingProxyType(
         "single_removal": _single_removal,
         "windows": _windows,
         "greedy": _greedy,
+        "beam": _beam,
         "evolution": _evolution,
         "optuna": _optuna,
     }
