@@ -33,6 +33,10 @@ ARMS: list[Arm] = [
     *(("similarity", {"target": target}) for target in ("attention", "ffn")),
     ("additive", {"improve": 5}),
     ("greedy", {"rule": "plain"}),
+    ("greedy", {"exchange": 2}),
+    ("greedy", {"rule": "plain", "exchange": 3, "exchange_candidates": 4}),
+    ("beam", {"rule": "plain", "width": 2, "expand": 0}),
+    ("beam", {"width": 3, "expand": 3}),
     ("evolution", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     ("evolution", {"longest_gap": 6}),
     ("evopress", {"offspring": 5, "initial": 3, "screen": 0.5, "generations": 4}),
@@ -40,7 +44,7 @@ ARMS: list[Arm] = [
     ("optuna", {"sampler": "random", "batch": 1}),
 ]
 EXHAUSTING: list[Arm] = [arm for arm in ARMS if arm[0] in ("random", "evolution", "optuna")]
-LIMIT = 45
+LIMIT = 70
 
 
 def arm_name(arm: Arm) -> str:
@@ -297,6 +301,10 @@ def test_unknown_options_are_refused_with_the_method(method: str) -> None:
         ("evolution", {"parents": 0}, "'parents' is at least 1: got 0"),
         ("evolution", {"sweep": 1}, "takes true or false: got 1"),
         ("greedy", {"rule": "cheap"}, "one of cost_aware, plain: got 'cheap'"),
+        ("greedy", {"exchange": -1}, "'exchange' is at least 0: got -1"),
+        ("greedy", {"exchange_candidates": 0}, "'exchange_candidates' is at least 1: got 0"),
+        ("beam", {"width": 0}, "'width' is at least 1: got 0"),
+        ("beam", {"expand": -1}, "'expand' is at least 0: got -1"),
         ("random", {"batch": 0}, "'batch' is at least 1"),
         ("optuna", {"storage": 3}, "takes text or null: got 3"),
     ],

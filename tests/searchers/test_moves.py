@@ -193,3 +193,23 @@ def test_exchanges_come_in_order_of_what_they_promise() -> None:
     assert found[0] == Mask.dropping(8, [3, 4])
     change = [sum(keys[i] for i in other.dropped) for other in found]
     assert change == sorted(change)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(name=st.sampled_from(sorted(SPACES)), seed=st.integers(0, 10_000))
+def test_exchanges_above_the_budget_cost_no_more(name: str, seed: int) -> None:
+    space = SPACES[name]
+    rng = np.random.default_rng(seed)
+    keys = [float(key) for key in rng.random(len(space.genes))]
+    mask = space.dense
+    while not space.fits(mask):
+        for other in exchange_neighbours(space, mask, keys):
+            assert other != mask
+            assert space.contains(other)
+            assert space.cost(other) <= space.cost(mask)
+            assert space.fits(other) == space.on_budget(other)
+            assert set(mask.dropped) - set(other.dropped)
+        smaller = space.removals(mask)
+        if not smaller:
+            break
+        mask = smaller[int(rng.integers(len(smaller)))]

@@ -10,6 +10,7 @@ import numpy as np
 from depthsearch.errors import ConfigError
 from depthsearch.searchers.additive import AdditiveOptions, additive_plan
 from depthsearch.searchers.baselines import cheap_baselines, is_baseline
+from depthsearch.searchers.beam import BeamOptions, beam_plan
 from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
 from depthsearch.searchers.evopress import EvoPressOptions, evopress_plan
 from depthsearch.searchers.fixed import FixedOptions, fixed_plan
@@ -135,6 +136,11 @@ def _greedy(
     return StagedSearcher("greedy", greedy_plan(space, hints, rng, chosen))
 
 
+def _beam(space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options) -> Searcher:
+    chosen = parse_options(BeamOptions, "beam", options)
+    return StagedSearcher("beam", beam_plan(space, hints, rng, chosen))
+
+
 def _evolution(
     space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
 ) -> Searcher:
@@ -170,6 +176,7 @@ _OPTIONS: Mapping[str, type] = MappingProxyType(
         "additive": AdditiveOptions,
         "windows": WindowsOptions,
         "greedy": GreedyOptions,
+        "beam": BeamOptions,
         "evolution": EvolutionOptions,
         "evopress": EvoPressOptions,
     }
@@ -186,6 +193,7 @@ SEARCHERS: Mapping[str, Build] = MappingProxyType(
         "additive": _additive,
         "windows": _windows,
         "greedy": _greedy,
+        "beam": _beam,
         "evolution": _evolution,
         "evopress": _evopress,
         "optuna": _optuna,

@@ -213,6 +213,7 @@ class Moves:
 def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -> tuple[Mask, ...]:
     """Masks on budget that put back one unit at the end of a gap and drop others for it.
 
+    For a mask still over the budget: masks that cost no more than it does, on budget or over it.
     Ordered by how much the keys of what is dropped grow: with the loss increases of single removals
     as keys, by what each exchange would cost if increases added up.
     """
@@ -222,6 +223,7 @@ def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -
         return sum(value[i] for i in unit)
 
     gaps = len(mask.runs)
+    limit = max(space.cap, space.cost(mask))
     found: dict[Mask, float] = {}
     for larger in space.additions(mask):
         back = frozenset(difference(larger, mask))
@@ -230,7 +232,7 @@ def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -
         for smaller in space.removals(larger):
             if back.intersection(difference(larger, smaller)):
                 continue
-            while not space.fits(smaller):
+            while space.cost(smaller) > limit:
                 further = [
                     m
                     for m in space.removals(smaller)
@@ -239,8 +241,9 @@ def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -
                 if not further:
                     break
                 smaller = min(further, key=lambda m: (worth(difference(smaller, m)), m.key))
-            if space.fits(smaller):
-                smaller = space.fill(smaller, keys)
+            if space.cost(smaller) <= limit:
+                if space.fits(smaller):
+                    smaller = space.fill(smaller, keys)
                 change = worth(difference(mask, smaller)) - worth(difference(smaller, mask))
                 found.setdefault(smaller, change)
     found.pop(mask, None)

@@ -51,12 +51,18 @@ def removal_keys(
     """
     if not increases:
         return tuple(fallback)
-    worst = max(increases.values())
+    return renewed_keys(space, increases, [max(increases.values())] * len(space.genes))
+
+
+def renewed_keys(
+    space: SearchSpace, increases: Mapping[Unit, float], keys: Sequence[float]
+) -> tuple[float, ...]:
+    """`keys`, one a gene, with those replaced that loss increases of dropped units tell anew."""
     of_site: dict[int, list[float]] = {}
     for unit, increase in increases.items():
         for index in unit:
             of_site.setdefault(index, []).append(increase)
-    found = [of_site.get(gene[0], [worst]) for gene in space.genes]
+    found = [of_site.get(gene[0], [key]) for gene, key in zip(space.genes, keys, strict=True)]
     return tuple(sum(values) / len(values) for values in found)
 
 
@@ -68,10 +74,20 @@ def loss_increases(
     A mask that lost its race is compared on the sequences it was evaluated on. Without the dense
     model's losses all increases are off by one constant, which leaves their order right.
     """
+    return increases_from(space.dense, evaluations, dense)
+
+
+def increases_from(
+    mask: Mask, evaluations: Iterable[Evaluation], known: Evaluation | None
+) -> dict[Unit, float]:
+    """The loss increase of each unit dropped from `mask`, whose own evaluation is `known`.
+
+    As `loss_increases`, but from any mask on; masks that also put something back are left out.
+    """
     return {
-        difference(space.dense, e.mask): e.loss - _mean_of_first(dense, len(e.losses))
+        difference(mask, e.mask): e.loss - _mean_of_first(known, len(e.losses))
         for e in evaluations
-        if e.loss is not None and e.mask != space.dense
+        if e.loss is not None and e.mask != mask and not difference(e.mask, mask)
     }
 
 
@@ -105,6 +121,9 @@ def freed_cost(space: SearchSpace, larger: Mask, smaller: Mask) -> int:
 def price(increase: float, freed: int) -> float:
     """Loss increase per unit of budget freed; lower is better.
 
-    A decrease is multiplied instead, so that of two equal gains the one that frees more wins.
+    A decrease is multiplied instead, so that of two equal gains the one that frees more wins. Where
+    nothing is freed (sites that share one cache go one by one), it is the increase alone.
     """
+    if not freed:
+        return increase
     return increase / freed if increase > 0 else increase * freed
