@@ -32,10 +32,13 @@ ARMS: list[Arm] = [
     ("greedy", {"rule": "plain"}),
     ("evolution", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     ("evolution", {"longest_gap": 6}),
+    ("exhaustive", {"batch": 5, "survivors": 2}),
     ("optuna", {"sampler": "cmaes"}),
     ("optuna", {"sampler": "random", "batch": 1}),
 ]
-EXHAUSTING: list[Arm] = [arm for arm in ARMS if arm[0] in ("random", "evolution", "optuna")]
+EXHAUSTING: list[Arm] = [
+    arm for arm in ARMS if arm[0] in ("random", "evolution", "exhaustive", "optuna")
+]
 LIMIT = 45
 
 

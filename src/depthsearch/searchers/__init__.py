@@ -10,6 +10,7 @@ import numpy as np
 from depthsearch.errors import ConfigError
 from depthsearch.searchers.baselines import cheap_baselines, is_baseline
 from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
+from depthsearch.searchers.exact import ExhaustiveOptions, exhaustive_plan, listed
 from depthsearch.searchers.greedy import GreedyOptions, greedy_plan
 from depthsearch.searchers.oneshot import (
     BlockInfluenceOptions,
@@ -107,6 +108,15 @@ def _evolution(
     return StagedSearcher("evolution", evolution_plan(space, hints, rng, chosen))
 
 
+def _exhaustive(
+    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(ExhaustiveOptions, "exhaustive", options)
+    # Listed here, so that a space which is too large is refused before anything is evaluated.
+    masks = listed(space, hints, chosen)
+    return StagedSearcher("exhaustive", exhaustive_plan(masks, chosen))
+
+
 def _optuna(
     space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
 ) -> Searcher:
@@ -125,6 +135,7 @@ _OPTIONS: Mapping[str, type] = MappingProxyType(
         "windows": WindowsOptions,
         "greedy": GreedyOptions,
         "evolution": EvolutionOptions,
+        "exhaustive": ExhaustiveOptions,
     }
 )
 
@@ -136,6 +147,7 @@ SEARCHERS: Mapping[str, Build] = MappingProxyType(
         "windows": _windows,
         "greedy": _greedy,
         "evolution": _evolution,
+        "exhaustive": _exhaustive,
         "optuna": _optuna,
     }
 )
