@@ -12,6 +12,7 @@ from depthsearch.searchers.baselines import cheap_baselines, is_baseline
 from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
 from depthsearch.searchers.exact import ExhaustiveOptions, exhaustive_plan, listed
 from depthsearch.searchers.greedy import GreedyOptions, greedy_plan
+from depthsearch.searchers.mcts import MctsOptions, MctsSearcher
 from depthsearch.searchers.oneshot import (
     BlockInfluenceOptions,
     SingleRemovalOptions,
@@ -108,6 +109,10 @@ def _evolution(
     return StagedSearcher("evolution", evolution_plan(space, hints, rng, chosen))
 
 
+def _mcts(space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options) -> Searcher:
+    return MctsSearcher(space, hints, rng, parse_options(MctsOptions, "mcts", options))
+
+
 def _exhaustive(
     space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
 ) -> Searcher:
@@ -135,6 +140,7 @@ _OPTIONS: Mapping[str, type] = MappingProxyType(
         "windows": WindowsOptions,
         "greedy": GreedyOptions,
         "evolution": EvolutionOptions,
+        "mcts": MctsOptions,
         "exhaustive": ExhaustiveOptions,
     }
 )
@@ -147,6 +153,7 @@ SEARCHERS: Mapping[str, Build] = MappingProxyType(
         "windows": _windows,
         "greedy": _greedy,
         "evolution": _evolution,
+        "mcts": _mcts,
         "exhaustive": _exhaustive,
         "optuna": _optuna,
     }
