@@ -40,10 +40,16 @@ ARMS: list[Arm] = [
     ("evolution", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     ("evolution", {"longest_gap": 6}),
     ("evopress", {"offspring": 5, "initial": 3, "screen": 0.5, "generations": 4}),
+    ("mcts", {"sweep": False, "baselines": False, "batch": 5}),
+    ("mcts", {"exploration": 0.0, "widening": 0.0, "batch": 1}),
+    ("mcts", {"widening": 1.0}),
+    ("exhaustive", {"batch": 5, "survivors": 2}),
     ("optuna", {"sampler": "cmaes"}),
     ("optuna", {"sampler": "random", "batch": 1}),
 ]
-EXHAUSTING: list[Arm] = [arm for arm in ARMS if arm[0] in ("random", "evolution", "optuna")]
+EXHAUSTING: list[Arm] = [
+    arm for arm in ARMS if arm[0] in ("random", "evolution", "mcts", "exhaustive", "optuna")
+]
 LIMIT = 70
 
 

@@ -36,6 +36,8 @@ _NEAR = 0.95
 
 _WIDENS = {
     "evolution": "search.options.offspring",
+    "exhaustive": "search.options.batch",
+    "mcts": "search.options.batch",
     "optuna": "search.batch",
     "random": "search.options.batch",
 }

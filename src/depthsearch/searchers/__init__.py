@@ -13,8 +13,10 @@ from depthsearch.searchers.baselines import cheap_baselines, is_baseline
 from depthsearch.searchers.beam import BeamOptions, beam_plan
 from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
 from depthsearch.searchers.evopress import EvoPressOptions, evopress_plan
+from depthsearch.searchers.exact import ExhaustiveOptions, exhaustive_plan, listed
 from depthsearch.searchers.fixed import FixedOptions, fixed_plan
 from depthsearch.searchers.greedy import GreedyOptions, greedy_plan
+from depthsearch.searchers.mcts import MctsOptions, MctsSearcher
 from depthsearch.searchers.oneshot import (
     AngularWindowOptions,
     BlockInfluenceOptions,
@@ -155,6 +157,19 @@ def _evopress(
     return StagedSearcher("evopress", evopress_plan(space, rng, chosen))
 
 
+def _mcts(space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options) -> Searcher:
+    return MctsSearcher(space, hints, rng, parse_options(MctsOptions, "mcts", options))
+
+
+def _exhaustive(
+    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(ExhaustiveOptions, "exhaustive", options)
+    # Listed here, so that a space which is too large is refused before anything is evaluated.
+    masks = listed(space, hints, chosen)
+    return StagedSearcher("exhaustive", exhaustive_plan(masks, chosen))
+
+
 def _optuna(
     space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
 ) -> Searcher:
@@ -179,6 +194,8 @@ _OPTIONS: Mapping[str, type] = MappingProxyType(
         "beam": BeamOptions,
         "evolution": EvolutionOptions,
         "evopress": EvoPressOptions,
+        "mcts": MctsOptions,
+        "exhaustive": ExhaustiveOptions,
     }
 )
 
@@ -196,6 +213,8 @@ SEARCHERS: Mapping[str, Build] = MappingProxyType(
         "beam": _beam,
         "evolution": _evolution,
         "evopress": _evopress,
+        "mcts": _mcts,
+        "exhaustive": _exhaustive,
         "optuna": _optuna,
     }
 )
