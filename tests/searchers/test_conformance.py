@@ -32,10 +32,14 @@ ARMS: list[Arm] = [
     ("greedy", {"rule": "plain"}),
     ("evolution", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     ("evolution", {"longest_gap": 6}),
+    ("surrogate", {"sweep": False, "offspring": 5, "candidates": 60, "optimism": 0.0}),
+    ("surrogate", {"longest_gap": 6, "guided": False, "parents": 1}),
     ("optuna", {"sampler": "cmaes"}),
     ("optuna", {"sampler": "random", "batch": 1}),
 ]
-EXHAUSTING: list[Arm] = [arm for arm in ARMS if arm[0] in ("random", "evolution", "optuna")]
+EXHAUSTING: list[Arm] = [
+    arm for arm in ARMS if arm[0] in ("random", "evolution", "surrogate", "optuna")
+]
 LIMIT = 45
 
 
@@ -165,6 +169,7 @@ BOUNDS = {
     "greedy": (0, 0),
     "greedy-rule=plain": (0, 0),
     "evolution": (0, 0),
+    "surrogate": (0, 0),
     "optuna": (0, 0),
 }
 """By arm: how many masks of the `sublayer` and the `packable` space are better than its best.

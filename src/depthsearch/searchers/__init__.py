@@ -23,6 +23,7 @@ from depthsearch.searchers.options import parse_options, suggestion
 from depthsearch.searchers.protocol import Searcher
 from depthsearch.searchers.random import RandomOptions, random_plan
 from depthsearch.searchers.staged import StagedSearcher
+from depthsearch.searchers.surrogate import SurrogateOptions, surrogate_plan
 from depthsearch.space import Hints, SearchSpace
 
 Options = Mapping[str, object]
@@ -107,6 +108,13 @@ def _evolution(
     return StagedSearcher("evolution", evolution_plan(space, hints, rng, chosen))
 
 
+def _surrogate(
+    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(SurrogateOptions, "surrogate", options)
+    return StagedSearcher("surrogate", surrogate_plan(space, hints, rng, chosen))
+
+
 def _optuna(
     space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
 ) -> Searcher:
@@ -125,6 +133,7 @@ _OPTIONS: Mapping[str, type] = MappingProxyType(
         "windows": WindowsOptions,
         "greedy": GreedyOptions,
         "evolution": EvolutionOptions,
+        "surrogate": SurrogateOptions,
     }
 )
 
@@ -136,6 +145,7 @@ SEARCHERS: Mapping[str, Build] = MappingProxyType(
         "windows": _windows,
         "greedy": _greedy,
         "evolution": _evolution,
+        "surrogate": _surrogate,
         "optuna": _optuna,
     }
 )
