@@ -7,6 +7,10 @@ the best masks, measured or only predicted, and measures those with the lowest c
 one, each choice taken as if it had been measured at its mean (GP-BUCB: Desautels, Krause and
 Burdick, arXiv 1206.6402, Alg. 1), which lowers the worth of what is close to it. A quarter of each
 batch is not screened, so that a wrong model can't lead the search astray for good.
+
+On synthetic losses over 60 sites it wins against plain evolution or ties, and rarely loses. The
+lead is small, and smaller on packable masks. A part of it is owed to those losses, which charge a
+gap much as a figure of the regression does. Searches of a real model by both were not compared.
 """
 
 from __future__ import annotations
