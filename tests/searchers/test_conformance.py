@@ -44,11 +44,15 @@ ARMS: list[Arm] = [
     ("mcts", {"exploration": 0.0, "widening": 0.0, "batch": 1}),
     ("mcts", {"widening": 1.0}),
     ("exhaustive", {"batch": 5, "survivors": 2}),
+    ("surrogate", {"sweep": False, "offspring": 5, "candidates": 60, "optimism": 0.0}),
+    ("surrogate", {"longest_gap": 6, "guided": False, "parents": 1}),
     ("optuna", {"sampler": "cmaes"}),
     ("optuna", {"sampler": "random", "batch": 1}),
 ]
 EXHAUSTING: list[Arm] = [
-    arm for arm in ARMS if arm[0] in ("random", "evolution", "mcts", "exhaustive", "optuna")
+    arm
+    for arm in ARMS
+    if arm[0] in ("random", "evolution", "surrogate", "mcts", "exhaustive", "optuna")
 ]
 LIMIT = 70
 

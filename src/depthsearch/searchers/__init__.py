@@ -33,6 +33,7 @@ from depthsearch.searchers.options import parse_options, suggestion
 from depthsearch.searchers.protocol import Searcher
 from depthsearch.searchers.random import RandomOptions, random_plan
 from depthsearch.searchers.staged import StagedSearcher
+from depthsearch.searchers.surrogate import SurrogateOptions, surrogate_plan
 from depthsearch.space import Hints, SearchSpace
 
 Options = Mapping[str, object]
@@ -170,6 +171,13 @@ def _exhaustive(
     return StagedSearcher("exhaustive", exhaustive_plan(masks, chosen))
 
 
+def _surrogate(
+    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
+) -> Searcher:
+    chosen = parse_options(SurrogateOptions, "surrogate", options)
+    return StagedSearcher("surrogate", surrogate_plan(space, hints, rng, chosen))
+
+
 def _optuna(
     space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
 ) -> Searcher:
@@ -196,6 +204,7 @@ _OPTIONS: Mapping[str, type] = MappingProxyType(
         "evopress": EvoPressOptions,
         "mcts": MctsOptions,
         "exhaustive": ExhaustiveOptions,
+        "surrogate": SurrogateOptions,
     }
 )
 
@@ -215,6 +224,7 @@ SEARCHERS: Mapping[str, Build] = MappingProxyType(
         "evopress": _evopress,
         "mcts": _mcts,
         "exhaustive": _exhaustive,
+        "surrogate": _surrogate,
         "optuna": _optuna,
     }
 )

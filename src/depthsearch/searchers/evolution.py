@@ -8,7 +8,7 @@ exchanges next to the gaps of the best mask, the most promising by the sweep fir
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,29 +57,11 @@ def evolution_plan(
     space: SearchSpace, hints: Hints, rng: np.random.Generator, options: EvolutionOptions
 ) -> Plan:
     """Baselines, then a sweep of single removals and what it suggests, then generations."""
-    keys = influence_keys(space, hints)
     fresh, elite = FreshMasks(space, rng), Elite(space, options.parents)
-
-    seeds = cheap_baselines(space, hints)
-    elite.learn((yield elite.batch(seeds)))
-    if options.sweep and not space.fits(space.dense):
-        sweep = removal_sweep(space)
-        # The order matters most among the cheapest to lose; the others may be known roughly.
-        cheapest = max(options.parents, len(sweep.proposals) // 4)
-        answers = yield Batch(sweep.proposals, None if options.longest_gap else cheapest)
-        elite.learn(answers)
-        ranking = rank_removals(space, hints, answers)
-        keys = ranking.keys
-        suggested = (*removal_masks(space, ranking), *completions(space, ranking, elite.masks))
-        elite.learn((yield elite.batch(suggested)))
-        seeds = (*seeds, *sweep.proposals, *suggested)
-        if options.longest_gap:
-            gaps = yield from gap_plan(space, options.longest_gap, answers)
-            together = added_up(space, gaps, keys)
-            elite.learn((yield elite.batch(together)))
-            seeds = (*seeds, *together)
-    for proposal in seeds:
-        fresh.add(proposal.mask)
+    start = yield from start_plan(space, hints, elite, options)
+    keys = start.keys
+    for mask in start.asked:
+        fresh.add(mask)
 
     moves = Moves(space, rng, keys if options.guided else None)
     credit = Credit(moves.names)
@@ -98,9 +80,7 @@ def evolution_plan(
         tries = _TRIES_AN_OFFSPRING * options.offspring if elite.masks else 0
         while len(born) < options.offspring and tries:
             tries -= 1
-            move = moves.names[weighted_index(rng, credit.weights)]
-            parent, other = (elite.masks[i] for i in _parents(rng, len(elite.masks)))
-            child = moves.apply(move, parent, other)
+            move, child = breed(rng, moves, credit, elite.masks)
             if child is not None and fresh.add(child):
                 born[child] = move
         for mask in fresh.take(options.offspring - len(born)):
@@ -109,6 +89,40 @@ def evolution_plan(
             return
         elite.learn((yield elite.batch([Proposal(m, f"evolution {o}") for m, o in born.items()])))
         credit.update(born, elite.masks)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a search starts from: one key a gene (higher is kept), and every mask asked so far."""
+
+    keys: tuple[float, ...]
+    asked: tuple[Mask, ...]
+
+
+def start_plan(
+    space: SearchSpace, hints: Hints, elite: Elite, options: EvolutionOptions
+) -> Generator[Batch, Answers, Start]:
+    """Baselines, a sweep of single removals and what it suggests, gaps added up; `elite` learns."""
+    keys = influence_keys(space, hints)
+    seeds = cheap_baselines(space, hints)
+    elite.learn((yield elite.batch(seeds)))
+    if options.sweep and not space.fits(space.dense):
+        sweep = removal_sweep(space)
+        # The order matters most among the cheapest to lose; the others may be known roughly.
+        cheapest = max(options.parents, len(sweep.proposals) // 4)
+        answers = yield Batch(sweep.proposals, None if options.longest_gap else cheapest)
+        elite.learn(answers)
+        ranking = rank_removals(space, hints, answers)
+        keys = ranking.keys
+        suggested = (*removal_masks(space, ranking), *completions(space, ranking, elite.masks))
+        elite.learn((yield elite.batch(suggested)))
+        seeds = (*seeds, *sweep.proposals, *suggested)
+        if options.longest_gap:
+            gaps = yield from gap_plan(space, options.longest_gap, answers)
+            together = added_up(space, gaps, keys)
+            elite.learn((yield elite.batch(together)))
+            seeds = (*seeds, *together)
+    return Start(keys, tuple(proposal.mask for proposal in seeds))
 
 
 class Elite:
@@ -193,6 +207,15 @@ def _ranks(keys: Sequence[float]) -> list[float]:
     for rank, gene in enumerate(order):
         ranks[gene] = rank / len(keys)
     return ranks
+
+
+def breed(
+    rng: np.random.Generator, moves: Moves, credit: Credit, parents: Sequence[Mask]
+) -> tuple[str, Mask | None]:
+    """A move drawn by its credit, and what it makes of one of the ranked parents, if anything."""
+    move = moves.names[weighted_index(rng, credit.weights)]
+    parent, other = (parents[i] for i in _parents(rng, len(parents)))
+    return move, moves.apply(move, parent, other)
 
 
 def _parents(rng: np.random.Generator, count: int) -> tuple[int, int]:

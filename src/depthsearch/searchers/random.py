@@ -63,6 +63,9 @@ class FreshMasks:
         self._seen.add(mask)
         return True
 
+    def __contains__(self, mask: Mask) -> bool:
+        return mask in self._seen
+
     def take(self, count: int) -> list[Mask]:
         """At most `count` new masks; fewer, or none, when no more are found."""
         found: list[Mask] = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress, count
+from operator import gt
 
 from depthsearch.space import Evaluation, Hints, Mask, SearchSpace
 
@@ -12,7 +14,7 @@ Unit = tuple[int, ...]
 
 def difference(larger: Mask, smaller: Mask) -> Unit:
     """The sites that `larger` keeps and `smaller` drops."""
-    return tuple(i for i in larger.kept if not smaller.keep[i])
+    return tuple(compress(count(), map(gt, larger.keep, smaller.keep)))
 
 
 def influence_keys(space: SearchSpace, hints: Hints) -> tuple[float, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress, count
+from operator import not_
 
 from depthsearch.errors import MaskError
 from depthsearch.space.site import Site, parse_site_name
@@ -24,12 +26,12 @@ class Mask:
     @cached_property
     def kept(self) -> tuple[int, ...]:
         """Indices of the kept sites, ascending."""
-        return tuple(i for i, kept in enumerate(self.keep) if kept)
+        return tuple(compress(count(), self.keep))
 
     @cached_property
     def dropped(self) -> tuple[int, ...]:
         """Indices of the dropped sites, ascending."""
-        return tuple(i for i, kept in enumerate(self.keep) if not kept)
+        return tuple(compress(count(), map(not_, self.keep)))
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
@@ -47,13 +49,18 @@ class Mask:
 
     def without(self, indices: Iterable[int]) -> Mask:
         """This mask with the sites `indices` dropped as well."""
-        gone = set(indices)
-        return Mask(tuple(kept and i not in gone for i, kept in enumerate(self.keep)))
+        return self._set(indices, False)
 
     def with_(self, indices: Iterable[int]) -> Mask:
         """This mask with the sites `indices` put back."""
-        back = set(indices)
-        return Mask(tuple(kept or i in back for i, kept in enumerate(self.keep)))
+        return self._set(indices, True)
+
+    def _set(self, indices: Iterable[int], kept: bool) -> Mask:
+        keep = list(self.keep)
+        for i in indices:
+            if 0 <= i < len(keep):
+                keep[i] = kept
+        return Mask(tuple(keep))
 
     def to_json(self) -> str:
         """The key."""
