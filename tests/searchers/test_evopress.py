@@ -63,7 +63,7 @@ def test_stages_parents_and_the_end() -> None:
     options = EvoPressOptions(offspring=4, initial=3, screen=0.25, survivors=2, generations=5)
     plan = evopress_plan(space, np.random.default_rng(0), options)
     batch = next(plan)
-    assert [p.origin for p in batch.proposals] == ["random"] * 3
+    assert [p.origin for p in batch.proposals] == ["evopress random"] * 3
     assert batch.stages == (Stage(0.25, 1),)
     best, generations = None, 0
     known: dict[Mask, Evaluation] = {}
@@ -97,7 +97,7 @@ def test_until_something_worked_it_draws_at_random() -> None:
         {"initial": 4, "generations": 6},
     )  # fmt: skip
     record = drive(searcher, lambda p: Evaluation(p.mask, (), 0, Status.FAILED))
-    assert {p.origin for p in proposals(record)} == {"random"}
+    assert {p.origin for p in proposals(record)} == {"evopress random"}
     assert len(record) == 7
 
 

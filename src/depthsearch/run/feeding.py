@@ -36,10 +36,12 @@ _NEAR = 0.95
 
 _WIDENS = {
     "evolution": "search.options.offspring",
+    "evopress": "search.options.offspring",
     "exhaustive": "search.options.batch",
     "mcts": "search.options.batch",
     "optuna": "search.batch",
     "random": "search.options.batch",
+    "surrogate": "search.options.offspring",
 }
 """The setting that has a method ask for more masks at once; others ask for all there are."""
 

@@ -255,7 +255,7 @@ class Session:
         """The search part of the configuration."""
         search = self.config.search
         defaults: dict[str, Any] = {}
-        if search.method == "evolution" and search.repair != "none":
+        if search.method in ("evolution", "surrogate") and search.repair != "none":
             # Repaired gaps nearly add up, so what they add up to is the best start there is.
             defaults["longest_gap"] = _LONGEST_GAP
         return Plan(

@@ -60,7 +60,7 @@ def evopress_plan(space: SearchSpace, rng: np.random.Generator, options: EvoPres
         return _new(make, options.offspring, seen)
 
     born = born_of(None)
-    origin, survivors = "random", 1
+    origin, survivors = "evopress random", 1
     for _ in range(1 + (options.generations or published_generations(born[0], kinds))):
         proposals = tuple(Proposal(mask, origin) for mask in born)
         answers = yield Batch(proposals, stages=(Stage(options.screen, survivors),))
@@ -69,7 +69,7 @@ def evopress_plan(space: SearchSpace, rng: np.random.Generator, options: EvoPres
             if evaluation.status is Status.OK and better:
                 parent = evaluation
         if parent is not None:
-            origin, survivors = "switch", options.survivors
+            origin, survivors = "evopress switch", options.survivors
         born = born_of(parent)
         if not born:
             return
