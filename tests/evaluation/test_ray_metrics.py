@@ -46,7 +46,10 @@ for process in own:
     with suppress(psutil.NoSuchProcess):
         ports += [c.laddr for c in process.net_connections("tcp") if c.status == "LISTEN"]
 until = time.monotonic() + float(sys.argv[3])
-while time.monotonic() < until and len(found) < 9:
+names = ["evaluations", "cost_tokens", "best_loss", "units_done_total", "quarantined_masks"]
+names += [f"workers watched {state}" for state in ("starting", "ready", "busy")]
+wanted = {name if " " in name else f"{name} watched" for name in names}
+while time.monotonic() < until and not found.keys() >= wanted:
     try:
         page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
     except OSError:
