@@ -12,6 +12,7 @@ from depthsearch import __version__
 from depthsearch.calibration.windows import Splits
 from depthsearch.config import RunConfig, load_config, resolved_yaml
 from depthsearch.errors import RunDirectoryError, StorageError
+from depthsearch.evaluation import Backend
 from depthsearch.journal import Journal
 from depthsearch.model.patches import save_patches
 from depthsearch.run.directory import (
@@ -125,17 +126,19 @@ def _continue(
         outcome = loop.run(_start(session, signature))
         if finish is not None:
             finish(out)
-        repair = _repair(session, out, outcome.best, splits)
+        repair = _repair(session, out, outcome.best, splits, finals)
         write_json(out / BEST, best_json(session, outcome, seed, signature) | {"repair": repair})
     return outcome
 
 
-def _repair(session: Session, out: Path, mask: Mask, splits: Splits) -> dict[str, Any] | None:
+def _repair(
+    session: Session, out: Path, mask: Mask, splits: Splits, finals: Backend
+) -> dict[str, Any] | None:
     """Write the refitted weights of the result, and describe them; None without a repair."""
     search, calibration = session.config.search, session.config.calibration
     if search.finished == "none":
         return None
-    patches = session.repair(mask, splits, search.seed)
+    patches = session.repair(mask, splits, search.seed, finals)
     return {
         "kind": search.finished,
         "fit_tokens": calibration.finals_fit_tokens

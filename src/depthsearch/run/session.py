@@ -142,11 +142,19 @@ class Session:
             ),
         )
 
-    def repair(self, mask: Mask, splits: Splits, seed: int) -> tuple[Patch, ...]:
-        """The refitted projections of the result, none where it is not repaired."""
+    def repair(
+        self, mask: Mask, splits: Splits, seed: int, finals: Backend | None = None
+    ) -> tuple[Patch, ...]:
+        """The refitted projections of the result, none where it is not repaired.
+
+        `finals`, what judged the finalists, fits them where it is in this process: it has recorded
+        the dense model on the fit text already, which takes time and memory.
+        """
         kind = self.config.search.finished
         if kind == "none":
             return ()
+        if isinstance(finals, Refitted):
+            return finals.repair(mask)
         fit, positions = self._fit_windows(splits, final=True), self.config.objective.positions
         here = self._here(splits.finals, KLDivergence(), positions, seed, kind, fit)
         assert isinstance(here, Refitted)
