@@ -57,6 +57,9 @@ def cluster_of_one(workplace: Path) -> Iterator[Session]:
 
 def on_ray(workplace: Path, method: str = "evolution", **cluster: object) -> RunConfig:
     settings: dict[str, object] = {"method": method, "max_evaluations": 20, "finalists": 2}
+    if method == "beam":
+        # Its masks meet the budget only in its last steps.
+        settings["max_evaluations"] = 60
     if method == REPAIRED:
         settings |= {"method": "evolution", "repair": "gap", "finish": "sequential"}
     if method == TABLED:

@@ -140,7 +140,7 @@ class TestEveryMethod:
                 try:
                     assert search.run().evaluations <= limit
                 except NothingFoundError:
-                    assert method in ("greedy", "single_removal", "additive")
+                    assert method in ("greedy", "beam", "single_removal", "additive")
                 assert len({mask for _, mask in search.select.units}) <= limit
                 if ask is not None:
                     asks = [r for r in read_journal(search.path) if r["op"] == "ask"]
