@@ -118,3 +118,8 @@ def test_the_verdict_says_when_more_text_helps_and_when_it_harms() -> None:
         [cut, row(64, 0, 0.5), row(128, 0, 0.6)]
     )
     assert "It does harm" in verdict([cut, row(64, 0.2, 1.1)])
+    cut["other"], there = {"kl": 0.8, "excess": 0.5}, row(64, 0.2, 0.5)
+    there["other"] = {"kl": 0.7, "excess": 0.6}
+    assert "rises by 0.1000: the repair does not carry over" in verdict([cut, there])
+    there["other"] = {"kl": 0.7, "excess": 0.4}
+    assert "carry over" not in verdict([cut, there])

@@ -137,6 +137,12 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
             f" On text of another kind it goes from {cut[OTHER]['kl']:.4f} to "
             f"{last[OTHER]['kl']:.4f}."
         )
+        rise = last[OTHER]["excess"] - cut[OTHER]["excess"]
+        if rise > 0:
+            said += (
+                f" Its cross-entropy there rises by {rise:.4f}: the repair does not carry over, so "
+                "fit it on text such as the model will meet."
+            )
     if len(fits) > 1:
         before = fits[-2]
         gain = before[HELDOUT]["kl"] - there
