@@ -17,7 +17,7 @@ from torch import Tensor
 
 from depthsearch import __version__
 from depthsearch.calibration.text import load_documents
-from depthsearch.calibration.windows import Splits, make_splits, text_windows
+from depthsearch.calibration.windows import text_windows
 from depthsearch.errors import DataError, InputError, UnsupportedModelError
 from depthsearch.evaluation import InProcess, Refitted
 from depthsearch.evaluation.fitting import HELD_BACK
@@ -99,7 +99,7 @@ def overfit(
     mask = Mask.from_key(best["mask"])
     window = config.calibration.window_tokens
     sizes = _checked(sizes, window)
-    splits = _splits(session, sizes[-1])
+    splits = session.splits(config.search.seed, sizes[-1])
     texts = {HELDOUT: splits.heldout}
     if documents is not None:
         tokens = splits.heldout.numel()
@@ -186,22 +186,6 @@ def _rows(
             **{name: judge.loss(mask, patches).to_json() for name, judge in judges.items()},
         }
     stage("repairing", len(sizes), len(sizes))
-
-
-def _splits(session: Session, fit_tokens: int) -> Splits:
-    """The run's splits with another amount of fit text; the others stay as they are."""
-    calibration, seed = session.config.calibration, session.config.search.seed
-    return make_splits(
-        session.documents,
-        session.loaded.tokenizer,
-        calibration.window_tokens,
-        calibration.select_tokens,
-        calibration.finals_tokens,
-        calibration.heldout_tokens,
-        calibration.heldout_fraction,
-        seed,
-        fit_tokens,
-    )
 
 
 def _checked(sizes: Sequence[int], window: int) -> tuple[int, ...]:

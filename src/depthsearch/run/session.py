@@ -93,8 +93,11 @@ class Session:
         check = self_check(loaded.model, anatomy) if streamed is None else streamed.check()
         return cls(config, loaded, anatomy, check, documents, space, streamed)
 
-    def splits(self, seed: int) -> Splits:
-        """Select and finals windows drawn by `seed`; the held-out ones never depend on it."""
+    def splits(self, seed: int, fit_tokens: int | None = None) -> Splits:
+        """Select and finals windows drawn by `seed`; the held-out ones never depend on it.
+
+        `fit_tokens` of text for repairs instead of as much as the run takes; the others stay.
+        """
         calibration = self.config.calibration
         return make_splits(
             self.documents,
@@ -105,7 +108,7 @@ class Session:
             calibration.heldout_tokens,
             calibration.heldout_fraction,
             seed,
-            self._fit_tokens,
+            self._fit_tokens if fit_tokens is None else fit_tokens,
         )
 
     def check_model(self, best: Mapping[str, Any], run: Path) -> None:

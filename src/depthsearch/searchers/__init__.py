@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType, NoneType
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,33 +33,25 @@ from depthsearch.searchers.oneshot import (
 from depthsearch.searchers.options import parse_options, suggestion
 from depthsearch.searchers.protocol import Searcher
 from depthsearch.searchers.random import RandomOptions, random_plan
-from depthsearch.searchers.staged import StagedSearcher
+from depthsearch.searchers.staged import Plan, StagedSearcher
 from depthsearch.searchers.surrogate import SurrogateOptions, surrogate_plan
 from depthsearch.space import Hints, SearchSpace
 
 Options = Mapping[str, object]
-Build = Callable[[SearchSpace, Hints, np.random.Generator, Options], Searcher]
 
 
 def build_searcher(
     method: str, space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
 ) -> Searcher:
     """The searcher of a method; raises ConfigError for an unknown method or a wrong option."""
-    if method not in SEARCHERS:
-        raise _unknown(method)
-    return SEARCHERS[method](space, hints, rng, options)
+    found = _method(method)
+    built = found.build(space, hints, rng, parse_options(found.options, method, options))
+    return StagedSearcher(method, built) if isinstance(built, Generator) else built
 
 
 def check_options(method: str, options: Options) -> None:
     """Refuse what `build_searcher` would, before anything slow starts; raises ConfigError."""
-    kind: type = _OPTIONS.get(method, NoneType)
-    if method == "optuna":
-        from depthsearch.searchers.optuna_keys import OptunaOptions
-
-        kind = OptunaOptions
-    if kind is NoneType:
-        raise _unknown(method)
-    parse_options(kind, method, options)
+    parse_options(_method(method).options, method, options)
 
 
 def check_storage(method: str, options: Options) -> None:
@@ -69,165 +62,60 @@ def check_storage(method: str, options: Options) -> None:
         check_ready(parse_options(OptunaOptions, method, options))
 
 
-def _unknown(method: str) -> ConfigError:
-    return ConfigError(
-        f"unknown search method '{method}'{suggestion(method, SEARCHERS)} "
-        f"(methods: {', '.join(SEARCHERS)})"
-    )
+@dataclass(frozen=True)
+class Method:
+    """The options of a method, and what builds its searcher from them once they are parsed."""
+
+    options: type
+    build: Callable[[SearchSpace, Hints, np.random.Generator, Any], Searcher | Plan]
 
 
-def _random(
-    space: SearchSpace, _hints: Hints, rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(RandomOptions, "random", options)
-    return StagedSearcher("random", random_plan(space, rng, chosen))
+_METHODS: Mapping[str, Method] = {
+    "random": Method(RandomOptions, lambda space, _, rng, o: random_plan(space, rng, o)),
+    "fixed": Method(FixedOptions, lambda space, _, __, o: fixed_plan(space, o)),
+    "block_influence": Method(
+        BlockInfluenceOptions, lambda space, hints, _, o: block_influence_plan(space, hints, o)
+    ),
+    "similarity": Method(
+        SimilarityOptions, lambda space, hints, _, o: similarity_plan(space, hints, o)
+    ),
+    "angular_window": Method(
+        AngularWindowOptions, lambda space, hints, *_: angular_window_plan(space, hints)
+    ),
+    "single_removal": Method(
+        SingleRemovalOptions, lambda space, hints, *_: single_removal_plan(space, hints)
+    ),
+    "additive": Method(AdditiveOptions, lambda space, hints, _, o: additive_plan(space, hints, o)),
+    "windows": Method(WindowsOptions, lambda space, hints, _, o: windows_plan(space, hints, o)),
+    "greedy": Method(GreedyOptions, greedy_plan),
+    "beam": Method(BeamOptions, beam_plan),
+    "evolution": Method(EvolutionOptions, evolution_plan),
+    "evopress": Method(EvoPressOptions, lambda space, _, rng, o: evopress_plan(space, rng, o)),
+    "mcts": Method(MctsOptions, MctsSearcher),
+    # Listed at once, so that a space which is too large is refused before anything is evaluated.
+    "exhaustive": Method(
+        ExhaustiveOptions, lambda space, hints, _, o: exhaustive_plan(listed(space, hints, o), o)
+    ),
+    "surrogate": Method(SurrogateOptions, surrogate_plan),
+}
+
+SEARCHERS = (*_METHODS, "optuna")
+"""The names of all methods."""
 
 
-def _fixed(
-    space: SearchSpace, _hints: Hints, _rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(FixedOptions, "fixed", options)
-    return StagedSearcher("fixed", fixed_plan(space, chosen))
+def _method(name: str) -> Method:
+    if name == "optuna":
+        # Optuna is imported only by the searches that use it.
+        from depthsearch.searchers.optuna_keys import OptunaOptions, OptunaSearcher
 
+        return Method(OptunaOptions, OptunaSearcher)
+    if name not in _METHODS:
+        raise ConfigError(
+            f"unknown search method '{name}'{suggestion(name, SEARCHERS)} "
+            f"(methods: {', '.join(SEARCHERS)})"
+        )
+    return _METHODS[name]
 
-def _block_influence(
-    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(BlockInfluenceOptions, "block_influence", options)
-    return StagedSearcher("block_influence", block_influence_plan(space, hints, chosen))
-
-
-def _similarity(
-    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(SimilarityOptions, "similarity", options)
-    return StagedSearcher("similarity", similarity_plan(space, hints, chosen))
-
-
-def _angular_window(
-    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
-) -> Searcher:
-    parse_options(AngularWindowOptions, "angular_window", options)
-    return StagedSearcher("angular_window", angular_window_plan(space, hints))
-
-
-def _single_removal(
-    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
-) -> Searcher:
-    parse_options(SingleRemovalOptions, "single_removal", options)
-    return StagedSearcher("single_removal", single_removal_plan(space, hints))
-
-
-def _additive(
-    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(AdditiveOptions, "additive", options)
-    return StagedSearcher("additive", additive_plan(space, hints, chosen))
-
-
-def _windows(
-    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(WindowsOptions, "windows", options)
-    return StagedSearcher("windows", windows_plan(space, hints, chosen))
-
-
-def _greedy(
-    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(GreedyOptions, "greedy", options)
-    return StagedSearcher("greedy", greedy_plan(space, hints, rng, chosen))
-
-
-def _beam(space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options) -> Searcher:
-    chosen = parse_options(BeamOptions, "beam", options)
-    return StagedSearcher("beam", beam_plan(space, hints, rng, chosen))
-
-
-def _evolution(
-    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(EvolutionOptions, "evolution", options)
-    return StagedSearcher("evolution", evolution_plan(space, hints, rng, chosen))
-
-
-def _evopress(
-    space: SearchSpace, _hints: Hints, rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(EvoPressOptions, "evopress", options)
-    return StagedSearcher("evopress", evopress_plan(space, rng, chosen))
-
-
-def _mcts(space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options) -> Searcher:
-    return MctsSearcher(space, hints, rng, parse_options(MctsOptions, "mcts", options))
-
-
-def _exhaustive(
-    space: SearchSpace, hints: Hints, _rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(ExhaustiveOptions, "exhaustive", options)
-    # Listed here, so that a space which is too large is refused before anything is evaluated.
-    masks = listed(space, hints, chosen)
-    return StagedSearcher("exhaustive", exhaustive_plan(masks, chosen))
-
-
-def _surrogate(
-    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
-) -> Searcher:
-    chosen = parse_options(SurrogateOptions, "surrogate", options)
-    return StagedSearcher("surrogate", surrogate_plan(space, hints, rng, chosen))
-
-
-def _optuna(
-    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
-) -> Searcher:
-    # Optuna is imported only by the searches that use it.
-    from depthsearch.searchers.optuna_keys import OptunaOptions, OptunaSearcher
-
-    chosen = parse_options(OptunaOptions, "optuna", options)
-    return OptunaSearcher(space, hints, rng, chosen)
-
-
-_OPTIONS: Mapping[str, type] = MappingProxyType(
-    {
-        "random": RandomOptions,
-        "fixed": FixedOptions,
-        "block_influence": BlockInfluenceOptions,
-        "similarity": SimilarityOptions,
-        "angular_window": AngularWindowOptions,
-        "single_removal": SingleRemovalOptions,
-        "additive": AdditiveOptions,
-        "windows": WindowsOptions,
-        "greedy": GreedyOptions,
-        "beam": BeamOptions,
-        "evolution": EvolutionOptions,
-        "evopress": EvoPressOptions,
-        "mcts": MctsOptions,
-        "exhaustive": ExhaustiveOptions,
-        "surrogate": SurrogateOptions,
-    }
-)
-
-SEARCHERS: Mapping[str, Build] = MappingProxyType(
-    {
-        "random": _random,
-        "fixed": _fixed,
-        "block_influence": _block_influence,
-        "similarity": _similarity,
-        "angular_window": _angular_window,
-        "single_removal": _single_removal,
-        "additive": _additive,
-        "windows": _windows,
-        "greedy": _greedy,
-        "beam": _beam,
-        "evolution": _evolution,
-        "evopress": _evopress,
-        "mcts": _mcts,
-        "exhaustive": _exhaustive,
-        "surrogate": _surrogate,
-        "optuna": _optuna,
-    }
-)
 
 __all__ = [
     "SEARCHERS",

@@ -28,7 +28,7 @@ from depthsearch.searchers.ranking import influence_keys
 from depthsearch.searchers.staged import Answers, Plan, best_masks
 from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
 
-_TRIES_AN_OFFSPRING = 10
+TRIES_AN_OFFSPRING = 10
 _COMPLETED_WINDOWS = 2
 _FORGET = 0.9
 _FLOOR = 0.3
@@ -77,14 +77,7 @@ def evolution_plan(
                 born[mask] = "exchange"
             if len(born) >= options.offspring // 2:
                 break
-        tries = _TRIES_AN_OFFSPRING * options.offspring if elite.masks else 0
-        while len(born) < options.offspring and tries:
-            tries -= 1
-            move, child = breed(rng, moves, credit, elite.masks)
-            if child is not None and fresh.add(child):
-                born[child] = move
-        for mask in fresh.take(options.offspring - len(born)):
-            born[mask] = "random"
+        born |= filled(rng, moves, credit, elite.masks, fresh, options.offspring, len(born))
         if not born:
             return
         elite.learn((yield elite.batch([Proposal(m, f"evolution {o}") for m, o in born.items()])))
@@ -216,6 +209,26 @@ def breed(
     move = moves.names[weighted_index(rng, credit.weights)]
     parent, other = (parents[i] for i in _parents(rng, len(parents)))
     return move, moves.apply(move, parent, other)
+
+
+def filled(
+    rng: np.random.Generator,
+    moves: Moves,
+    credit: Credit,
+    parents: Sequence[Mask],
+    fresh: FreshMasks,
+    offspring: int,
+    known: int,
+) -> dict[Mask, str]:
+    """The new masks that make `known` ones a generation, by move; random ones where moves fail."""
+    born: dict[Mask, str] = {}
+    tries = TRIES_AN_OFFSPRING * offspring if parents else 0
+    while known + len(born) < offspring and tries:
+        tries -= 1
+        move, child = breed(rng, moves, credit, parents)
+        if child is not None and fresh.add(child):
+            born[child] = move
+    return born | dict.fromkeys(fresh.take(offspring - known - len(born)), "random")
 
 
 def _parents(rng: np.random.Generator, count: int) -> tuple[int, int]:

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from depthsearch.searchers.evolution import (
+    TRIES_AN_OFFSPRING,
     Credit,
     Elite,
     EvolutionOptions,
     Start,
     breed,
+    filled,
     start_plan,
 )
 from depthsearch.searchers.moves import Moves, exchange_neighbours
@@ -35,7 +37,6 @@ from depthsearch.searchers.regression import Array, MaskFeatures, MaskRegression
 from depthsearch.searchers.staged import Answers, Plan
 from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
 
-_TRIES_AN_OFFSPRING = 10
 _UNSCREENED = 4
 """One of so many offspring is made as plain evolution makes it."""
 _NEW = 4
@@ -48,7 +49,7 @@ _DIGITS = 6
 
 
 @dataclass(frozen=True)
-class SurrogateOptions:
+class SurrogateOptions(EvolutionOptions):
     """Size of the population, of what is screened for it, and what it starts from.
 
     `parents` masks survive a generation of `offspring`, most of which are the most promising of
@@ -56,16 +57,12 @@ class SurrogateOptions:
     (0: by its mean alone). `sweep`, `guided` and `longest_gap` are those of `evolution`.
     """
 
-    parents: int = 4
-    offspring: int = 16
     candidates: int = 2000
     optimism: float = 1.0
-    sweep: bool = True
-    guided: bool = True
-    longest_gap: int = 0
 
     def __post_init__(self) -> None:
-        at_least(self, parents=1, offspring=1, candidates=1, optimism=0.0, longest_gap=0)
+        super().__post_init__()
+        at_least(self, candidates=1, optimism=0.0)
 
 
 def surrogate_plan(
@@ -74,10 +71,7 @@ def surrogate_plan(
     """The start of the evolution, then generations most of whose offspring were screened."""
     fresh, elite = FreshMasks(space, rng), Elite(space, options.parents)
     measured: dict[Mask, Evaluation] = {}
-    seeding = EvolutionOptions(
-        options.parents, options.offspring, options.sweep, options.guided, options.longest_gap
-    )
-    start = yield from _recorded(start_plan(space, hints, elite, seeding), measured)
+    start = yield from _recorded(start_plan(space, hints, elite, options), measured)
     for mask in start.asked:
         fresh.add(mask)
 
@@ -98,16 +92,9 @@ def surrogate_plan(
                 fresh.add(mask)
                 born[mask] = move
                 origins[mask] = f"surrogate {move}"
-        tries = _TRIES_AN_OFFSPRING * options.offspring if elite.masks else 0
-        while len(born) < options.offspring and tries:
-            tries -= 1
-            move, child = breed(rng, moves, credit, elite.masks)
-            if child is not None and fresh.add(child):
-                born[child] = move
-                origins[child] = f"evolution {move}"
-        for mask in fresh.take(options.offspring - len(born)):
-            born[mask] = "random"
-            origins[mask] = "evolution random"
+        plain = filled(rng, moves, credit, elite.masks, fresh, options.offspring, len(born))
+        born |= plain
+        origins |= {mask: f"evolution {move}" for mask, move in plain.items()}
         if not born:
             return
         answers = yield elite.batch([Proposal(m, origin) for m, origin in origins.items()])
@@ -171,7 +158,7 @@ class Pool:
         # On a small space, where little is left to find, most children are known.
         misses = 0
         made = 0
-        while made < count and misses < max(count // 4, _TRIES_AN_OFFSPRING):
+        while made < count and misses < max(count // 4, TRIES_AN_OFFSPRING):
             move, child = breed(self._rng, self._moves, self._credit, parents)
             if child is None or child in fresh or child in self._move_of:
                 misses += 1
