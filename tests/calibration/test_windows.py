@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthsearch.calibration import Documents, Splits, batches, make_splits
-from depthsearch.calibration.windows import opening_tokens, text_windows
+from depthsearch.calibration.windows import draw_windows, opening_tokens, text_windows
 from depthsearch.errors import DataError
 
 BOS, EOS = 2, 3
@@ -177,3 +177,38 @@ def test_one_document_alone_can_be_evaluated(make_tokenizer):
 def test_a_text_that_holds_no_window_is_refused(make_tokenizer, length, window, tokens, message):
     with pytest.raises(DataError, match=message):
         text_windows(documents([length]), make_tokenizer(), window, tokens)
+
+
+def test_draws_share_no_document_and_begin_with_the_split_of_the_seed(make_tokenizer):
+    docs = documents([9] * 100)
+    for adds_bos in (False, True):
+        tokenizer = make_tokenizer(adds_bos)
+        splits = split(docs, tokenizer, seed=3)
+        draws = draw_windows(docs, tokenizer, 8, 64, 4, 0.3, 3)
+        assert torch.equal(draws[0], splits.select)
+        seen = words(splits.heldout)
+        for windows in draws:
+            assert windows.shape == (8, 8)
+            assert not words(windows) & seen
+            seen |= words(windows)
+
+
+def test_longer_windows_hold_the_same_text(make_tokenizer):
+    docs = documents([9] * 100)
+    (short,) = draw_windows(docs, make_tokenizer(), 8, 64, 1, 0.3, 3)
+    (long,) = draw_windows(docs, make_tokenizer(), 32, 64, 1, 0.3, 3)
+    assert torch.equal(short.flatten(), long.flatten())
+
+
+@pytest.mark.parametrize(
+    ("window", "tokens", "draws", "message"),
+    [
+        (8, 64, 40, "samples of 64 tokens that share no document, and 40 were asked for"),
+        (8, 6400, 2, "lower select_tokens"),
+        (8, 4, 2, "at least one window"),
+        (1, 64, 2, "allowed: 2 or more"),
+    ],
+)
+def test_draws_that_the_text_does_not_hold(make_tokenizer, window, tokens, draws, message):
+    with pytest.raises(DataError, match=message):
+        draw_windows(documents([9] * 100), make_tokenizer(), window, tokens, draws, 0.3, 0)

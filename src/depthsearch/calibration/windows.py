@@ -75,6 +75,62 @@ def make_splits(
             raise DataError(
                 f"{name}_tokens is {tokens}; allowed: 0, or at least one window of {window_tokens}"
             )
+    held, rest = _dealt(documents, heldout_fraction, seed)
+    packer = _Packer(tokenizer, prefix, window_tokens, documents.source)
+    heldout, _ = packer.pack(held, heldout_tokens, "heldout")
+    select, used = packer.pack(rest, select_tokens, "select")
+    finals, more = packer.pack(rest[used:], finals_tokens, "finals")
+    fit, _ = packer.pack(rest[used + more :], fit_tokens, "fit")
+    digest = hashlib.sha256(f"window={window_tokens}".encode())
+    for windows in (select, finals, heldout, *([fit] if len(fit) else [])):
+        digest.update(len(windows).to_bytes(8, "little"))
+        digest.update(windows.numpy().astype("<i8").tobytes())
+    return Splits(select, finals, heldout, fit, digest.hexdigest(), window_tokens)
+
+
+def draw_windows(
+    documents: Documents,
+    tokenizer: Any,
+    window_tokens: int,
+    tokens: int,
+    draws: int,
+    heldout_fraction: float,
+    seed: int,
+) -> tuple[Tensor, ...]:
+    """Several samples of text for a search, each `[tokens // window_tokens, window_tokens]`.
+
+    The first is what `make_splits` selects with this seed; each of the others is as much text of
+    further documents. No two share a document, and none holds held-out text. Raises DataError
+    where the figures don't fit together or the text is too short.
+    """
+    prefix = opening_tokens(tokenizer)
+    if window_tokens < len(prefix) + 2 or tokens < window_tokens:
+        raise DataError(
+            f"windows of {window_tokens} tokens in samples of {tokens} tokens were asked for; "
+            f"allowed: {len(prefix) + 2} or more, and at least one window in a sample"
+        )
+    _, rest = _dealt(documents, heldout_fraction, seed)
+    packer = _Packer(tokenizer, prefix, window_tokens, documents.source)
+    found: list[Tensor] = []
+    used = 0
+    for draw in range(draws):
+        try:
+            windows, more = packer.pack(rest[used:], tokens, "select")
+        except DataError as error:
+            if not draw:
+                raise
+            raise DataError(
+                f"{documents.source}: holds {draw} samples of {tokens:,} tokens that share no "
+                f"document, and {draws} were asked for; ask for fewer, lower select_tokens, or "
+                "give more text"
+            ) from error
+        found.append(windows)
+        used += more
+    return tuple(found)
+
+
+def _dealt(documents: Documents, heldout_fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    """The different texts held out, the same for every seed, and the rest shuffled by `seed`."""
     if not 0 < heldout_fraction < 1:
         raise DataError(f"heldout_fraction is {heldout_fraction}; allowed: between 0 and 1")
     texts = list(dict.fromkeys(documents.texts))
@@ -87,18 +143,7 @@ def make_splits(
     order = np.random.default_rng(HELDOUT_SEED).permutation(len(texts))
     held = [texts[i] for i in order[:held_count]]
     rest_order = np.random.default_rng(seed).permutation(len(texts) - held_count)
-    rest = [texts[i] for i in np.sort(order[held_count:])[rest_order]]
-
-    packer = _Packer(tokenizer, prefix, window_tokens, documents.source)
-    heldout, _ = packer.pack(held, heldout_tokens, "heldout")
-    select, used = packer.pack(rest, select_tokens, "select")
-    finals, more = packer.pack(rest[used:], finals_tokens, "finals")
-    fit, _ = packer.pack(rest[used + more :], fit_tokens, "fit")
-    digest = hashlib.sha256(f"window={window_tokens}".encode())
-    for windows in (select, finals, heldout, *([fit] if len(fit) else [])):
-        digest.update(len(windows).to_bytes(8, "little"))
-        digest.update(windows.numpy().astype("<i8").tobytes())
-    return Splits(select, finals, heldout, fit, digest.hexdigest(), window_tokens)
+    return held, [texts[i] for i in np.sort(order[held_count:])[rest_order]]
 
 
 def text_windows(documents: Documents, tokenizer: Any, window_tokens: int, tokens: int) -> Tensor:
