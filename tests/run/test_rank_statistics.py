@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from depthsearch.run.rank_statistics import (
+    SizeFigures,
+    agreement,
+    correlations,
+    resampled,
+    settled,
+    size_figures,
+    smallest_sufficient,
+    winner,
+)
+
+
+def brute_tau_b(a, b):
+    """Tau-b by its definition: concordant less discordant pairs over the untied ones."""
+    net = untied_a = untied_b = 0
+    for i, j in itertools.combinations(range(len(a)), 2):
+        x, y = a[i] - a[j], b[i] - b[j]
+        net += int(x * y > 0) - int(x * y < 0)
+        untied_a += x != 0
+        untied_b += y != 0
+    return net / math.sqrt(untied_a * untied_b)
+
+
+def brute_rho(a, b):
+    """Rho by its definition: Pearson's correlation of ranks, ties at the mean of their places."""
+
+    def ranks(x):
+        order = sorted(x)
+        return [np.mean([i for i, y in enumerate(order) if y == v]) for v in x]
+
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def test_correlations_of_a_case_worked_by_hand() -> None:
+    """Of six pairs one is tied in a, one in b; four are concordant, none discordant: 4 / 5."""
+    tau, rho = correlations([1, 2, 2, 3], [1, 2, 3, 3])
+    assert tau == pytest.approx(4 / 5)
+    # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3.5, 3.5: products 3.75, squares 4.5 and 4.5.
+    assert rho == pytest.approx(3.75 / 4.5)
+    assert correlations([1, 2, 3], [3, 2, 1]) == pytest.approx((-1, -1))
+    # One neighbouring swap among four: 5 pairs agree and 1 does not; 1 - 6 * 2 / (4 * 15).
+    assert correlations([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx((4 / 6, 0.8))
+    assert correlations([1, 1, 1], [1, 2, 3]) is None
+
+
+small = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=12)
+
+
+@given(pairs=small)
+def test_correlations_are_their_definitions(pairs) -> None:
+    a, b = zip(*pairs, strict=True)
+    found = correlations(a, b)
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        assert found is None
+    else:
+        assert found == pytest.approx((brute_tau_b(a, b), brute_rho(a, b)))
+
+
+def test_the_interval_holds_the_figure_of_quiet_text_and_widens_with_noise() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.arange(8.0)[:, None]
+    quiet = truth + 0.01 * rng.standard_normal((8, 40))
+    loud = truth + 8 * rng.standard_normal((8, 40))
+    still = agreement(quiet, quiet, rng)
+    assert still is not None
+    assert (still.kendall.low, still.kendall.mean, still.kendall.high) == (1, 1, 1)
+    noisy = agreement(quiet, loud, rng)
+    assert noisy is not None
+    assert noisy.kendall.low < noisy.kendall.mean < 1
+    assert noisy.kendall.high - noisy.kendall.low > 0.2
+    assert noisy.kendall.mean == pytest.approx(brute_tau_b(quiet.mean(1), loud.mean(1)))
+    assert agreement(np.ones((3, 5)), quiet[:3], rng) is None
+
+
+def test_resampled_means_have_the_spread_of_a_mean_of_so_many_windows() -> None:
+    rng = np.random.default_rng(1)
+    table = rng.standard_normal((2, 50))
+    drawn = resampled(table, rng, 20_000, 10)
+    assert drawn.shape == (20_000, 2)
+    assert drawn.mean(axis=0) == pytest.approx(table.mean(axis=1), abs=0.01)
+    assert drawn.std(axis=0) == pytest.approx(table.std(axis=1) / math.sqrt(10), rel=0.03)
+
+
+def test_shares_of_wins_are_those_of_a_case_worked_by_hand() -> None:
+    """Of two windows each mask wins one: mask 0 by 3, mask 1 by 1. With one window it is a coin.
+
+    With two, mask 1 wins only where its window comes twice: a quarter of the draws.
+    """
+    pool = np.array([[0.0, 1.0], [3.0, 0.0]])
+    heldout = np.array([[1.0, 2.0], [2.0, 5.0]])
+    one, two = (size_figures(pool, heldout, n, np.random.default_rng(2), 20_000) for n in (1, 2))
+    assert one.shares == pytest.approx([0.5, 0.5], abs=0.015)
+    assert two.shares == pytest.approx([0.75, 0.25], abs=0.015)
+    # Mask 1 is worse by 1 and by 3 on the two held-out windows: 2 in the mean, its error 1.
+    assert two.regret == pytest.approx(2 * two.shares[1])
+    assert two.regret_stderr == pytest.approx(two.shares[1] * 1.0)
+    assert two.favourite == 0
+    # Held-out text ranks 0 before 1: tau is 1 where 0 wins and -1 where 1 wins.
+    assert two.kendall == pytest.approx(1 - 2 * two.shares[1])
+
+
+def figures(shares, heldout, windows=1):
+    table = np.array(heldout, dtype=float)
+    truth = table.mean(axis=1)
+    return SizeFigures(
+        windows, np.array(shares), np.array(shares) @ table, table[winner(truth)], 0.5
+    )
+
+
+def test_the_smallest_sufficient_size_is_within_one_standard_error_as_are_all_larger() -> None:
+    """Mask 1 is worse by 0, 2 and 4: 2 in the mean with an error of 2 / sqrt(3) = 1.15.
+
+    A size that picks it with share p is worse than one that never does by 2p, its error 1.15p:
+    never within one error.
+    """
+    heldout = [[1, 1, 1], [1, 3, 5]]
+    sizes = [figures([1 - p, p], heldout, n) for n, p in enumerate((0.5, 0.2, 0.0, 0.0), start=1)]
+    assert smallest_sufficient(sizes) == 2
+    # Worse by -2, 2 and 2: 0.67 in the mean with an error of 1.33: always within one.
+    harmless = [[3, 1, 1], [1, 3, 3]]
+    assert smallest_sufficient([figures([1 - p, p], harmless) for p in (0.5, 0.2, 0.0)]) == 0
+    # A larger size that is worse again: the smaller one before it does not count.
+    sizes = [figures([1 - p, p], heldout, n) for n, p in enumerate((0.0, 0.4, 0.0), start=1)]
+    assert smallest_sufficient(sizes) == 2
+    assert smallest_sufficient([figures([0.0, 1.0], heldout)]) == 0
+
+
+def test_the_winner_is_settled_where_one_mask_wins_at_every_larger_size() -> None:
+    heldout = [[1, 1], [1, 3]]
+
+    def place(*shares: float) -> int | None:
+        return settled([figures([share, 1 - share], heldout) for share in shares])
+
+    assert place(0.5, 0.8, 0.92, 0.99) == 2
+    assert place(0.95, 0.8, 0.92) == 2
+    assert place(0.95, 0.97) == 0
+    assert place(0.95, 0.6) is None
+    # Another mask wins at first, however clearly.
+    assert place(0.02, 0.95) == 1
