@@ -180,16 +180,19 @@ def evaluate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run directory, or directory of a comparison.")],
+    run: Annotated[Path, typer.Argument(help="Directory of a run, comparison or check.")],
 ) -> None:
-    """Write report.html of a run, finished or not, or of a comparison."""
-    from depthsearch.report import compare_report, write_report
+    """Write report.html of a run, finished or not, of a comparison or of a calibration check."""
+    from depthsearch.report import calibration_report, compare_report, write_report
     from depthsearch.run.compare import read_compare
-    from depthsearch.run.directory import COMPARE
+    from depthsearch.run.directory import CALIBRATION, COMPARE, read_json
 
     if (run / COMPARE).exists():
         compare_report(read_compare(run), run / "report.html")
         path = run / "report.html"
+    elif (run / CALIBRATION).exists():
+        found = read_json(run / CALIBRATION, "it is no finished calibration check")
+        path = calibration_report(found, run / "report.html")
     else:
         path = write_report(run)
     typer.echo(path)
@@ -275,6 +278,57 @@ def overfit(
     _say(f"Report: {path}", as_json)
 
 
+@app.command()
+def calibrate_check(
+    config: Config,
+    out: Out,
+    run: Annotated[
+        Path | None, typer.Option(help="Run directory whose best masks are taken in.")
+    ] = None,
+    masks: Annotated[
+        int, typer.Option(help="Masks to rank; half of them at most are cheap baselines.")
+    ] = 24,
+    draws: Annotated[int, typer.Option(help="Samples of calibration.select_tokens.")] = 4,
+    folds: Annotated[int, typer.Option(help="Parts of a sample that are left out in turn.")] = 4,
+    lengths: Annotated[
+        str | None, typer.Option(help="Window lengths; left out, 128,256,512,1024.")
+    ] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Sizes of text in tokens; left out, 512, 1024 and so on.")
+    ] = None,
+    other: Annotated[
+        list[str] | None, typer.Option(help="Text of another kind. May be repeated.")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Columns of the other texts, in their order.")
+    ] = None,
+    override: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Tell whether the ranking of masks, and the winner, depend on the sample of text.
+
+    Judges one set of masks on several samples of the calibration text, in windows of several
+    lengths, on `--other` texts and on held-out text, and says how much text to select on. An
+    interrupted check is continued by the same command.
+    """
+    from depthsearch.config import load_config
+    from depthsearch.report import calibration_report
+    from depthsearch.run.calibration_check import check_calibration
+    from depthsearch.run.calibration_texts import CheckOptions, other_texts, parse_numbers
+    from depthsearch.terminal import calibration_tables, stage_bar
+
+    options = CheckOptions(
+        masks, draws, folds, parse_numbers(lengths, "lengths"), parse_numbers(sizes, "sizes")
+    )
+    others = other_texts(other or [], column or [])
+    settings = load_config(config, override or [])
+    with stage_bar() as bar:
+        found = check_calibration(settings, out, options, run=run, others=others, on_stage=bar)
+    calibration_report(found, out / "report.html")
+    _show(found, as_json, calibration_tables)
+    _say(f"Report: {out / 'report.html'}", as_json)
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
@@ -298,8 +352,8 @@ def main() -> None:
         ):
             raise
         _fail(
-            "interrupted; a search continues with `depthsearch resume RUN`, a comparison with the "
-            "same command",
+            "interrupted; a search continues with `depthsearch resume RUN`, a comparison or "
+            "a calibration check with the same command",
             _INTERRUPTED,
         )
     except OSError as error:

@@ -17,7 +17,8 @@ from rich.progress import (
 from rich.table import Table
 
 from depthsearch.errors import DepthsearchError
-from depthsearch.report.wording import stretches
+from depthsearch.report.calibration import interval
+from depthsearch.report.wording import shorten, stretches
 from depthsearch.run.compare import OnArm, OnHeldout
 from depthsearch.run.figures import MEASURES
 from depthsearch.run.loop import OnProgress
@@ -164,6 +165,37 @@ def overfit_table(found: Mapping[str, Any]) -> Table:
         )
         table.add_row(f"{row['fit_tokens']:,}" if row["fit_tokens"] else "as cut", *cells)
     return table
+
+
+def calibration_tables(found: Mapping[str, Any]) -> list[Table | str]:
+    """What each text says of the masks, what each size of text comes to, and words."""
+    title = f"{len(found['masks'])} masks by held-out loss, {found['budget_text']}"
+    texts = Table(title=title)
+    # Narrow enough for a terminal of 80 characters; the report has the other figures.
+    texts.add_column("text", max_width=17)
+    for name in ("Kendall's tau", "winner", "held-out", "gap", "regret"):
+        texts.add_column(name, justify="right", no_wrap=True)
+    for row in found["samples"]:
+        texts.add_row(
+            shorten(row["name"], 17),
+            interval(row["kendall"], 2),
+            str(row["winner"] + 1),
+            f"{row['heldout_loss']:.4f}",
+            f"{row['gap']:+.4f}",
+            f"{row['regret']['mean']:.4f}",
+        )
+    sizes = Table(title="Winners of resampled texts, by size")
+    for name in ("tokens", "frequent winner", "wins", "best on held-out wins", "regret"):
+        sizes.add_column(name, justify="right")
+    for row in found["sizes"]:
+        sizes.add_row(
+            f"{row['tokens']:,}",
+            str(row["favourite"] + 1),
+            *(f"{100 * row[name]:.0f} %" for name in ("favourite_share", "best_share")),
+            plus_minus(row["regret"], row["regret_stderr"]),
+        )
+    said = [f"Warning: {warning}" for warning in found["warnings"]]
+    return [texts, sizes, *said, *found["notes"], found["verdict"]]
 
 
 def figures_table(rows: Sequence[Mapping[str, Any]]) -> Table:

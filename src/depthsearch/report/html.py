@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from depthsearch import __version__
 from depthsearch.errors import StorageError
-from depthsearch.report import comparison, figures, tables, wording
+from depthsearch.report import calibration, comparison, figures, tables, wording
 from depthsearch.report.data import RunData, read_run
 from depthsearch.space import Mask
 
@@ -82,6 +82,23 @@ def compare_html(compare: Mapping[str, Any]) -> str:
 def compare_report(compare: Mapping[str, Any], out: Path) -> Path:
     """Write the report of a comparison to `out`, a file or a folder, and return its path."""
     return _write(out / "report.html" if out.is_dir() else out, compare_html(compare))
+
+
+def calibration_report(found: Mapping[str, Any], out: Path) -> Path:
+    """Write the report of a calibration check to the file `out`, and return its path."""
+    page = _render(
+        "calibration.html.j2",
+        found=found,
+        ranks=calibration.ranks_picture(found),
+        curve=calibration.sizes_picture(found),
+        gaps=calibration.gaps_picture(found),
+        samples=calibration.samples_table(found),
+        sizes=calibration.sizes_table(found),
+        masks=calibration.masks_table(found),
+        texts=calibration.texts_table(found),
+        signature=tables.pairs(found["signature"]),
+    )
+    return _write(out, page)
 
 
 def _render(template: str, **values: Any) -> str:

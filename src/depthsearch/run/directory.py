@@ -23,6 +23,10 @@ REPORT = "report.html"
 WORKERS = "workers.json"
 """Where the workers of a cluster stand; for watchers, and no part of the result."""
 COMPARE = "compare.json"
+CALIBRATION = "calibration.json"
+"""What a finished calibration check found."""
+CALIBRATION_JOURNAL = "calibration.jsonl"
+"""What a calibration check knows so far, a record for each batch of each text."""
 ARMS = "arms"
 
 

@@ -1,0 +1,214 @@
+"""What a calibration check tries: its options, and the texts that it judges masks on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from depthsearch.calibration.text import Documents
+from depthsearch.calibration.windows import draw_windows, text_windows
+from depthsearch.config import CalibrationConfig
+from depthsearch.errors import ConfigError, DataError, InputError
+from depthsearch.run.session import Session
+from depthsearch.run.stability import Kind
+
+LENGTHS = (128, 256, 512, 1024)
+"""The window lengths that are tried where none are asked for, in tokens."""
+
+SMALLEST = 512
+"""The smallest size of text that is tried where none is asked for; the others are its doubles."""
+
+_FEWEST_WINDOWS = 4
+"""A length or size that nobody asked for must hold so many windows."""
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What a check tries: numbers of masks, draws and folds, window lengths, sizes in tokens.
+
+    Lengths and sizes left out are the usual ones, as far as model and text have room for them.
+    Raises InputError for what can't be done.
+    """
+
+    masks: int = 24
+    draws: int = 4
+    folds: int = 4
+    lengths: tuple[int, ...] | None = None
+    sizes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("masks", 2), ("draws", 2), ("folds", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} is {getattr(self, name)}: give {least} or more")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "masks": self.masks,
+            "draws": self.draws,
+            "folds": self.folds,
+            "lengths": None if self.lengths is None else list(self.lengths),
+            "sizes": None if self.sizes is None else list(self.sizes),
+        }
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows `[n, window]` of one text; `kind` is None for held-out text."""
+
+    name: str
+    kind: Kind | None
+    windows: Tensor
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of one window."""
+        return int(self.windows.shape[1])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind or "heldout",
+            "windows": len(self.windows),
+            "window_tokens": self.window_tokens,
+            "sha256": hashlib.sha256(self.windows.numpy().astype("<i8").tobytes()).hexdigest(),
+        }
+
+
+def check_texts(
+    session: Session, options: CheckOptions, others: Sequence[Documents], heldout: Tensor
+) -> tuple[Text, ...]:
+    """The draws, the first of them in other window lengths, the other texts, and held-out text.
+
+    None of the draws shares a document with another one, with held-out text or with the others.
+    Raises InputError for what the model or the texts don't hold.
+    """
+    texts = (
+        *_draws(session, options),
+        *_lengths(session, options),
+        *_others(session, others),
+        Text("held-out", None, heldout),
+    )
+    for text in texts:
+        if len(text.windows) < 2:
+            key = "heldout_tokens" if text.kind is None else "select_tokens"
+            raise ConfigError(
+                f"a check needs at least 2 windows of {text.name} text for its errors: raise "
+                f"calibration.{key}, or lower calibration.window_tokens"
+            )
+    return texts
+
+
+def check_sizes(calibration: CalibrationConfig, options: CheckOptions) -> list[int]:
+    """The sizes of text to regroup, ascending, the configured one among them.
+
+    Raises InputError for one that the draws don't hold.
+    """
+    window, draws = calibration.window_tokens, options.draws
+    most = calibration.select_tokens // window * window * draws
+    sizes = {calibration.select_tokens // window * window}
+    if options.sizes is None:
+        size = SMALLEST
+        while size < most:
+            if size >= _FEWEST_WINDOWS * window:
+                sizes.add(size)
+            size *= 2
+        return sorted({*sizes, most})
+    for size in options.sizes:
+        if not window <= size <= most:
+            raise InputError(
+                f"--sizes holds {size}: sizes may be {window} (one window) to {most} tokens (all "
+                f"{draws} samples)"
+            )
+    return sorted({*sizes, *options.sizes})
+
+
+def parse_numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Numbers of tokens such as "128,256", None for None; raises InputError."""
+    if text is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise InputError(f"--{option} is '{text}': give numbers of tokens, such as 256,512,1024")
+    return numbers
+
+
+def other_texts(texts: Sequence[str], columns: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Texts with their columns in order, None where none is named; raises InputError."""
+    if len(columns) > len(texts):
+        raise InputError(
+            f"{len(columns)} columns and {len(texts)} other texts were named: name one --column "
+            "for each --other at most, in their order"
+        )
+    return [
+        (text, columns[place] if place < len(columns) else None) for place, text in enumerate(texts)
+    ]
+
+
+def _draws(session: Session, options: CheckOptions) -> Iterator[Text]:
+    window = session.config.calibration.window_tokens
+    for place, windows in enumerate(_drawn(session, window, options.draws), start=1):
+        yield Text(f"sample {place}", "draw", windows)
+
+
+def _drawn(session: Session, window_tokens: int, draws: int) -> tuple[Tensor, ...]:
+    calibration = session.config.calibration
+    return draw_windows(
+        session.documents,
+        session.loaded.tokenizer,
+        window_tokens,
+        calibration.select_tokens,
+        draws,
+        calibration.heldout_fraction,
+        session.config.search.seed,
+    )
+
+
+def _lengths(session: Session, options: CheckOptions) -> Iterator[Text]:
+    """The text of the first draw in windows of other lengths."""
+    calibration, asked = session.config.calibration, options.lengths
+    room = getattr(session.loaded.model.config, "max_position_embeddings", None)
+    longest = calibration.select_tokens // (2 if asked is not None else _FEWEST_WINDOWS)
+    if isinstance(room, int):
+        longest = min(longest, room)
+    for length in asked or ():
+        if not 2 <= length <= longest:
+            raise InputError(
+                f"--lengths holds {length}: windows may have 2 to {longest} tokens, as the model "
+                f"takes them and calibration.select_tokens = {calibration.select_tokens} holds two"
+            )
+    usual = [length for length in LENGTHS if length <= longest]
+    for length in sorted(set(usual if asked is None else asked) - {calibration.window_tokens}):
+        (windows,) = _drawn(session, length, 1)
+        yield Text(f"windows of {length:,}", "length", windows)
+
+
+def _others(session: Session, others: Sequence[Documents]) -> Iterator[Text]:
+    """As much of each other text as a draw holds, without documents of the calibration text."""
+    calibration, ours = session.config.calibration, set(session.documents.texts)
+    names: list[str] = []
+    for other in others:
+        fresh = [text for text in other.texts if text not in ours]
+        if not fresh:
+            raise DataError(
+                f"{other.source}: every document is also in the calibration text; give a text of "
+                "another kind"
+            )
+        windows = text_windows(
+            Documents.of(fresh, other.source),
+            session.loaded.tokenizer,
+            calibration.window_tokens,
+            calibration.select_tokens,
+        )
+        names.append(Path(other.source).name)
+        number = names.count(names[-1])
+        yield Text(names[-1] if number == 1 else f"{names[-1]} ({number})", "other", windows)
