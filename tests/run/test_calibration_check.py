@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 from tests.tiny_runs import workplace_config, write_text
 
-from depthsearch.calibration.windows import draw_windows
-from depthsearch.config import RunConfig
-from depthsearch.errors import DataError, InputError, JournalError, RunDirectoryError
+from depthsearch.errors import JournalError, RunDirectoryError
 from depthsearch.evaluation import InProcess, evaluate
 from depthsearch.journal import read_journal, without_times
 from depthsearch.run.calibration_check import check_calibration
-from depthsearch.run.calibration_texts import (
-    CheckOptions,
-    check_sizes,
-    check_texts,
-    other_texts,
-    parse_numbers,
-)
+from depthsearch.run.calibration_texts import CheckOptions
 from depthsearch.run.directory import CALIBRATION, CALIBRATION_JOURNAL, CONFIG
 from depthsearch.run.session import Session
 from depthsearch.space import Mask
@@ -74,24 +66,6 @@ def test_held_out_figures_are_those_of_every_position_and_number_the_masks(
         assert row["heldout_loss"] == pytest.approx(held[row["winner"]])
         assert row["gap"] == pytest.approx(held[row["winner"]] - min(row["losses"]))
         assert row["regret"]["mean"] == pytest.approx(held[row["winner"]] - held[0], abs=1e-9)
-
-
-def test_texts_share_no_window_and_lengths_share_the_text_of_the_first_sample(
-    session: Session, other: str
-) -> None:
-    from depthsearch.calibration.text import load_documents
-
-    heldout = session.splits(0).heldout
-    texts = check_texts(session, OPTIONS, [load_documents(other)], heldout)
-    assert [text.name for text in texts] == [
-        "sample 1", "sample 2", "sample 3", "windows of 32", "other.txt", "held-out",
-    ]  # fmt: skip
-    assert texts[0].windows.flatten().equal(texts[3].windows.flatten())
-    assert texts[3].window_tokens == 32
-    rows = [tuple(row) for text in (*texts[:3], *texts[4:]) for row in text.windows.tolist()]
-    assert len(set(rows)) == len(rows)
-    drawn = draw_windows(session.documents, session.loaded.tokenizer, 16, 256, 3, 0.25, 0)
-    assert all(a.windows.equal(b) for a, b in zip(texts[:3], drawn, strict=True))
 
 
 def test_every_mask_is_judged_once_on_every_window(
@@ -216,48 +190,3 @@ def test_a_mask_that_fails_is_left_out_and_named(
     assert gone not in [entry["mask"] for entry in found["masks"]]
     assert len(found["masks"]) == 5
     assert f"{gone} ({records[1]['proposals'][2]['origin']}) is left out" in found["notes"][0]
-
-
-def test_lengths_and_sizes_that_nobody_asked_for_are_those_there_is_room_for(
-    session: Session,
-) -> None:
-    calibration = session.config.calibration
-    texts = check_texts(session, CheckOptions(), [], session.splits(0).heldout)
-    # 256 tokens hold no four windows of 128, and the next usual lengths are longer.
-    assert [text.kind for text in texts] == ["draw"] * 4 + [None]
-    assert check_sizes(calibration, CheckOptions()) == [256, 512, 1024]
-    larger = calibration.model_copy(update={"select_tokens": 5000})
-    assert check_sizes(larger, CheckOptions(draws=2)) == [512, 1024, 2048, 4096, 4992, 8192, 9984]
-
-
-def test_what_can_not_be_done_is_refused_with_what_is_allowed(
-    session: Session, workplace: Path
-) -> None:
-    heldout = session.splits(0).heldout
-
-    def texts(config: RunConfig | None = None, others: Any = (), **options: Any) -> Any:
-        chosen = session if config is None else replace(session, config=config)
-        return check_texts(chosen, CheckOptions(**options), others, heldout)
-
-    for lengths, message in (((256,), "2 to 128 tokens"), ((1,), "--lengths holds 1")):
-        with pytest.raises(InputError, match=message):
-            texts(lengths=lengths)
-    with pytest.raises(DataError, match="ask for fewer"):
-        texts(draws=100)
-    with pytest.raises(DataError, match="every document is also in the calibration text"):
-        texts(others=[session.documents])
-    one = workplace_config(workplace, calibration={"select_tokens": 16})
-    with pytest.raises(InputError, match="at least 2 windows of sample 1 text"):
-        texts(one)
-    with pytest.raises(InputError, match=r"sizes may be 16 \(one window\) to 1024 tokens"):
-        check_sizes(session.config.calibration, CheckOptions(sizes=(2048,)))
-    for name, value in (("masks", 1), ("draws", 1), ("folds", -1)):
-        with pytest.raises(InputError, match=f"--{name} is {value}"):
-            CheckOptions(**{name: value})
-    for text in ("1k", "", "0,5"):
-        with pytest.raises(InputError, match="--sizes is"):
-            parse_numbers(text, "sizes")
-    assert parse_numbers("64,512", "sizes") == (64, 512)
-    assert other_texts(["a", "b"], ["text"]) == [("a", "text"), ("b", None)]
-    with pytest.raises(InputError, match="2 columns and 1 other texts"):
-        other_texts(["a"], ["x", "y"])
