@@ -30,6 +30,8 @@ from depthsearch.evaluation.ray_backend import Cluster, RayBackend, RayCrew, Ray
 from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
 from depthsearch.journal import read_journal, without_times
 from depthsearch.model.packing import pack, unpack
+from depthsearch.run.calibration_check import check_calibration
+from depthsearch.run.calibration_texts import CheckOptions
 from depthsearch.run.directory import BEST, JOURNAL
 from depthsearch.run.search import search
 from depthsearch.run.session import Session, opened
@@ -266,3 +268,18 @@ def test_a_packed_model_computes_the_same_from_the_same_memory(
         assert torch.equal(model(ids).logits, again(ids).logits)
     own = {tensor.data_ptr() for tensor in model.state_dict().values()}
     assert {tensor.data_ptr() for tensor in again.state_dict().values()} == own
+
+
+def test_a_calibration_check_on_workers_has_the_figures_of_one_process(
+    cluster_of_one: Session, tmp_path: Path
+) -> None:
+    """The same tokens in windows of another length are another text to the workers."""
+    alone = cluster_of_one.config.cluster.model_copy(update={"backend": "in-process"})
+    options = CheckOptions(masks=4, draws=2, lengths=(32,))
+    found = {}
+    for cluster in (cluster_of_one.config.cluster, alone):
+        config = cluster_of_one.config.model_copy(update={"cluster": cluster})
+        session = replace(cluster_of_one, config=config)
+        out = tmp_path / cluster.backend
+        found[cluster.backend] = check_calibration(config, out, options, session=session)
+    assert found["ray"] == found["in-process"]

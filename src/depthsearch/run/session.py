@@ -183,11 +183,11 @@ class Session:
         from depthsearch.evaluation.spread import SpreadStreamed
         from depthsearch.evaluation.worker import Text
 
-        digest = hashlib.sha256(windows.numpy().tobytes())
+        digest = hashlib.sha256(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
         if repair != "none" and fit is not None:
             digest.update(repair.encode() + fit.numpy().tobytes())
         text = Text(
-            name=f"{digest.hexdigest()[:16]}-{seed}",
+            name=f"{digest.hexdigest()[:16]}-{seed}-{objective.positions:g}",
             windows=windows.numpy(),
             objective=objective.kind,
             mode=str(self.check.mode),
