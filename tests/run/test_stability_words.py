@@ -77,6 +77,15 @@ def test_a_harmful_change_of_winner_is_told_from_a_harmless_one() -> None:
     assert "no difference between these winners and the best mask is shown" in text
 
 
+def test_samples_that_agree_against_held_out_text_are_told() -> None:
+    away = span(0.2, 0.1, 0.3)
+    (text,) = warnings(check(*(sample(f"sample {n}", "draw", 1, away) for n in (1, 2))))
+    assert text == (
+        "All 2 samples name mask 2, but held-out text prefers mask 1 by 0.2000 nats "
+        "[0.1000, 0.3000]."
+    )
+
+
 def test_samples_that_agree_by_luck_are_not_called_stable() -> None:
     found = check(FIRST, sample("sample 2", "draw", 0, NONE), share=0.6)
     assert verdict(found).startswith(

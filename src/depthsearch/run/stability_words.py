@@ -75,9 +75,17 @@ def recommendation(found: Found) -> str:
 
 def _draws(found: Found) -> Iterator[str]:
     draws = _of(found, "draw")
+    first = draws[0]
     if len({row["winner"] for row in draws}) > 1:
         yield (
             f"The winner changes with the sample of text: {_winners_text(draws)}. {_harm(draws)}"
+        )
+    elif first["regret"]["low"] > 0:
+        regret = first["regret"]
+        yield (
+            f"All {len(draws)} samples name {label(first['winner'])}, but held-out text prefers "
+            f"{label(found['best'])} by {regret['mean']:.4f} nats [{regret['low']:.4f}, "
+            f"{regret['high']:.4f}]."
         )
 
 
