@@ -385,7 +385,7 @@ class TestJson:
         assert found.code == 0
         assert "g failed with seed 1, params at most 70 % of the dense model's blocks" in found.out
         assert "Held-out figures, 1 sites dropped" in found.out
-        assert "Ranks, and what carries over" in found.out
+        assert "Ranks, and held-out loss minus search loss (gap)" in found.out
         document = json.loads((out / "compare.json").read_text())
         assert [part["budget"] for part in document["budgets"]] == [
             "keep_params-0.7-of-blocks", "drop_sites-1",

@@ -146,7 +146,10 @@ def compare_lines(result: Mapping[str, Any]) -> list[Table | str]:
     parts = sections(result)
     for part in parts:
         if part["summary"]:
-            lines += [compare_table(part), standing_table(part, "Ranks, and what carries over")]
+            lines += [
+                compare_table(part),
+                standing_table(part, "Ranks, and held-out loss minus search loss (gap)"),
+            ]
             lines += [correlation_text(part["correlation"])] if part["correlation"] else []
         lines += [
             f"{run['name']} failed with seed {run['seed']}, {part['budget_text']}: {run['error']}"
@@ -167,9 +170,9 @@ def standing_table(part: Mapping[str, Any], title: str) -> Table:
     table = Table(title=title)
     table.add_column("arm")
     rows = {row["arm"]: row for row in part.get("summary", ())}
-    titles = ["mean rank [95 % interval]", "best with prob."]
-    for name in (*titles, *(["search loss", "held-out minus it"] if rows else [])):
-        table.add_column(name, justify="right")
+    titles = ("mean rank [95 %]", "P(best)", *(("search loss", "gap") if rows else ()))
+    for name in titles:
+        table.add_column(name, justify="right", no_wrap=True)
     for rank in part["ranks"]:
         cells = [
             f"{rank['rank_mean']:.2f} [{rank['rank_low']:.2f}, {rank['rank_high']:.2f}]",

@@ -220,11 +220,14 @@ def test_masks_on_the_way_of_a_repaired_search_are_repaired_too(
         workplace,
         calibration={"fit_tokens": 128, "finals_fit_tokens": 512},
         search={"max_evaluations": 30, "finalists": 1, "finish": "gap", "batch": 2},
-        compare={"arms": {"evo": {"method": "evolution"}}, "seeds": [0], "anytime": 4},
+        compare={"arms": {"evo": {}, "table": {"repair": "table"}}, "seeds": [0], "anytime": 4},
     )
     session = Session.open(config)
     result = compare(config, tmp_path / "out", session=session)
-    (arm,) = result["arms"]
+    arm, looked_up = result["arms"]
+    # The search judged masks as cut; the other one judged what no held-out figure measures.
+    assert arm["gap"] == pytest.approx(arm["cut_kl"] - arm["select_loss"])
+    assert looked_up["gap"] is None
     shown = arm["anytime_heldout"]
     assert len({entry["mask"] for entry in shown}) > 1
     windows, model = session.splits(0).heldout, session.loaded.model

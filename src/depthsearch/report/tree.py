@@ -96,7 +96,7 @@ def tree_picture(tree: Mapping[str, Any], sites: Sequence[Site]) -> Picture | No
         axis.spines[:].set_visible(False)
         axis.set_yticks([])
         axis.set_ylim(rows - 0.3, -0.7)
-        colors = ScalarMappable(Normalize(min(known), max(known)), mpl.colormaps["viridis_r"])
+        colors = ScalarMappable(Normalize(min(known), max(known)), mpl.colormaps["viridis"])
         for edge in tree["edges"]:
             # Other orders of the same removals.
             parent, child = edge["parent"], edge["child"]

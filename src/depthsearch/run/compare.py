@@ -308,6 +308,7 @@ def _entry(arm: str, chosen: SearchConfig, run: Path) -> dict[str, Any]:
         "seconds": round(_busy_seconds(records), 1),
         "select_loss": best["loss"],
         "finals_loss": best["finals_loss"],
+        "search_repair": chosen.repair,
         "repair": best.get("repair"),
         "anytime": [[found.cost_tokens, found.loss] for found in improvements(records)],
     }

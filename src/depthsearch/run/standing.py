@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from depthsearch.run.anytime import Improvement, Step, course
-from depthsearch.run.heldout import Figures, Heldout
+from depthsearch.run.heldout import Heldout
 from depthsearch.run.statistics import (
     bootstrap_interval,
     paired_difference,
@@ -38,11 +38,11 @@ def measured_entry(
 ) -> dict[str, Any]:
     """A run with its held-out figures, and those of the masks `shown` from its course.
 
-    `gap` is the held-out loss minus the loss on search data, where the search minimized one of the
-    two figures that are measured, else None.
+    `gap` is the held-out loss minus the loss on search data, of the mask as the search judged it;
+    None where it judged something that is not measured on held-out text.
     """
     figures, cut = heldout.of(entry["run"], entry["mask"]), heldout.cut[entry["mask"]]
-    same = {"kl": figures.kl, "cross_entropy": figures.ce}.get(objective)
+    same = _alike(entry, entry["mask"], heldout, objective)
     return {
         **entry,
         "heldout_kl": _mean(figures.kl),
@@ -85,7 +85,13 @@ def section(
         else []
     )
     correlation = _correlation(entries, heldout, objective, rng)
-    warnings = warnings_of(summary, pairs, courses, correlation)
+    # Leads are held against each other where results are what the search judged.
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row, found in zip(summary, by_arm.values(), strict=True):
+        kind = _kind(found[0])
+        if kind[0] == kind[1]:
+            alike.setdefault(kind, []).append(row)
+    warnings = warnings_of(list(alike.values()), pairs, courses, correlation)
     return {
         "cost_tokens": _mean([e["cost_tokens"] for e in entries]),
         "arms": list(entries),
@@ -167,7 +173,7 @@ def _gap(
     """Held-out minus search loss with an interval over seeds and held-out windows."""
     if any(entry["gap"] is None for entry in found):
         return {"gap_mean": None, "gap_low": None, "gap_high": None}
-    losses = [_same(heldout.of(e["run"], e["mask"]), objective) for e in found]
+    losses = [_alike(entry, entry["mask"], heldout, objective) for entry in found]
     select = np.array([[entry["select_loss"]] for entry in found])
     interval = bootstrap_interval(np.array(losses) - select, rng)
     return {"gap_mean": interval.mean, "gap_low": interval.low, "gap_high": interval.high}
@@ -188,17 +194,20 @@ def _course(found: Entries, heldout: Heldout, rng: np.random.Generator) -> dict[
 def _correlation(
     entries: Entries, heldout: Heldout, objective: str, rng: np.random.Generator
 ) -> dict[str, Any] | None:
-    """Whether masks rank alike on search data and on held-out text, within each seed's text."""
-    groups = []
-    for seed in dict.fromkeys(entry["seed"] for entry in entries):
-        # A mask that several arms found counts once, unless they mend it differently.
-        found: dict[tuple[float, ...], float] = {}
-        for entry in (e for e in entries if e["seed"] == seed):
-            known = {shown["mask"]: shown["select_loss"] for shown in entry["anytime_heldout"]}
-            for mask, loss in {entry["mask"]: entry["select_loss"], **known}.items():
-                found[_same(heldout.of(entry["run"], mask), objective)] = loss
-        groups.append((list(found.values()), list(found)))
-    correlation = rank_correlation(groups, rng)
+    """Whether masks rank alike on search data and on held-out text.
+
+    Compared are masks that were judged on the same text and repaired alike.
+    """
+    groups: dict[tuple[Any, ...], dict[tuple[float, ...], float]] = {}
+    for entry in entries:
+        # A mask that several arms found counts once.
+        group = groups.setdefault((entry["seed"], _kind(entry)), {})
+        known = {shown["mask"]: shown["select_loss"] for shown in entry["anytime_heldout"]}
+        for mask, loss in {entry["mask"]: entry["select_loss"], **known}.items():
+            losses = _alike(entry, mask, heldout, objective)
+            group[losses or heldout.of(entry["run"], mask).kl] = loss
+    tables = [(list(group.values()), list(group)) for group in groups.values()]
+    correlation = rank_correlation(tables, rng)
     if correlation is None:
         return None
     interval = correlation.interval
@@ -210,9 +219,21 @@ def _correlation(
     }
 
 
-def _same(figures: Figures, objective: str) -> tuple[float, ...]:
-    """The held-out figures that the search minimized, or else KL."""
-    return figures.ce if objective == "cross_entropy" else figures.kl
+def _alike(
+    entry: Mapping[str, Any], mask: str, heldout: Heldout, objective: str
+) -> tuple[float, ...] | None:
+    """Held-out losses by window of a mask as the search judged it, None where not measured."""
+    judged, finished = _kind(entry)
+    if judged not in ("none", finished):
+        return None
+    figures = heldout.cut[mask] if judged == "none" else heldout.of(entry["run"], mask)
+    return {"kl": figures.kl, "cross_entropy": figures.ce}.get(objective)
+
+
+def _kind(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """How masks were repaired in the search, and its result at the end."""
+    repair = entry["repair"]
+    return str(entry["search_repair"]), "none" if repair is None else str(repair["kind"])
 
 
 def _losses(found: Entries) -> np.ndarray:

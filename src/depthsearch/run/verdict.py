@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,11 +107,11 @@ def _helped(found: Outcome, lowest: float) -> list[str]:
         ]
     said = []
     if found.high is not None:
-        room = (
-            f"a gain of more than {found.high:.4f} nats by {found.search} is ruled out"
-            if found.high > 0
-            else f"{found.search} is worse"
-        )
+        room = f"{found.search} is worse"
+        if found.high > 0:
+            room = f"a gain of more than {found.high:.4f} nats by {found.search} is ruled out"
+        elif found.low == found.high == 0:
+            room = f"{found.search} came to the same"
         said.append(f"{found.simple} is enough here: {room}.")
     return [*said, "Search did not help over one-pass methods here."]
 
@@ -145,25 +145,14 @@ def overall(sections: Rows, ranks: Rows) -> str:
 
 
 def warnings_of(
-    summary: Rows, pairs: Rows, courses: Rows, correlation: Mapping[str, Any] | None
+    groups: Sequence[Rows], pairs: Rows, courses: Rows, correlation: Mapping[str, Any] | None
 ) -> list[str]:
     """Where figures look too good: leads that shrink, curves that turn, losses that don't carry.
 
-    A lead is what an arm is ahead of the best one-pass arm on search data, by its own loss there.
+    `groups` holds the rows of arms whose search losses can be compared with each other and with
+    their held-out losses. A lead is what an arm is ahead of the best one-pass arm on search data.
     """
-    said = []
-    simple = [row for row in summary if row["method"] in ONE_PASS]
-    reference = min(simple, key=lambda row: float(row["heldout_kl_mean"]), default=None)
-    for row in summary:
-        if reference is None or row["method"] in ONE_PASS or row["gap_mean"] is None:
-            continue
-        lead = float(reference["select_loss_mean"]) - float(row["select_loss_mean"])
-        kept, _, high = _gain(str(reference["arm"]), str(row["arm"]), pairs)
-        if lead > 0 and kept is not None and high is not None and high < HALF * lead:
-            said.append(
-                f"{row['arm']} overfits its search text: its lead of {lead:.4f} nats on "
-                f"{reference['arm']} there is {kept:.4f} on held-out text."
-            )
+    said = [text for rows in groups for text in _shrunk(rows, pairs)]
     for course in courses:
         turned = course["worsened"]
         if turned is not None:
@@ -180,6 +169,21 @@ def warnings_of(
             f"{correlation['masks']} masks. Try a larger calibration.select_tokens."
         )
     return said
+
+
+def _shrunk(rows: Rows, pairs: Rows) -> Iterator[str]:
+    simple = [row for row in rows if row["method"] in ONE_PASS]
+    best = min(simple, key=lambda row: float(row["heldout_kl_mean"]), default=None)
+    for row in rows:
+        if best is None or row["method"] in ONE_PASS or row["gap_mean"] is None:
+            continue
+        lead = float(best["select_loss_mean"]) - float(row["select_loss_mean"])
+        kept, _, high = _gain(str(best["arm"]), str(row["arm"]), pairs)
+        if lead > 0 and kept is not None and high is not None and high < HALF * lead:
+            yield (
+                f"{row['arm']} overfits its search text: its lead of {lead:.4f} nats on "
+                f"{best['arm']} there is {kept:.4f} on held-out text."
+            )
 
 
 def _gain(over: str, by: str, pairs: Rows) -> tuple[float, float, float] | tuple[None, None, None]:
