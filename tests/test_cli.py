@@ -376,6 +376,30 @@ class TestJson:
         assert cli("report", tmp_path / "out").code == 0
         assert (tmp_path / "out" / "report.html").is_file()
 
+    def test_compare_at_several_budgets(self, cli: Cli, workplace: Path, tmp_path: Path) -> None:
+        arms = "{w: {method: windows}, g: {method: greedy, max_evaluations: 9}}"
+        budgets = "[{keep_params: 0.7, of: blocks}, {drop_sites: 1}]"
+        settings = f"compare={{arms: {arms}, seeds: [0, 1], budgets: {budgets}}}"
+        out = tmp_path / "out"
+        found = cli("compare", workplace / "run.yaml", "--out", out, "--set", settings)
+        assert found.code == 0
+        assert "g failed with seed 1, params at most 70 % of the dense model's blocks" in found.out
+        assert "Held-out figures, 1 sites dropped" in found.out
+        assert "Ranks, and held-out loss minus search loss (gap)" in found.out
+        document = json.loads((out / "compare.json").read_text())
+        assert [part["budget"] for part in document["budgets"]] == [
+            "keep_params-0.7-of-blocks", "drop_sites-1",
+        ]  # fmt: skip
+        assert document["verdict"] in found.out.replace("\n", " ")
+        assert "<h3>Held-out quality</h3>" in (out / "report.html").read_text()
+        bad = settings.replace("drop_sites: 1", "keep_params: 0.01")
+        refused = cli(
+            "compare", workplace / "run.yaml", "--out", tmp_path / "no", "--set", bad, "--json"
+        )
+        assert (refused.code, refused.out) == (2, "")
+        assert "the budget cannot be met" in refused.message
+        assert not (tmp_path / "no").exists()
+
 
 @contextmanager
 def small_disk(place: Path) -> Iterator[Callable[[], None]]:

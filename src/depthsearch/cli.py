@@ -94,14 +94,15 @@ def resume(run: Run) -> None:
 
 @app.command()
 def compare(config: Config, out: Out, override: Set = None, as_json: Json = False) -> None:
-    """Run several methods at equal cost with several seeds, and compare them on held-out text.
+    """Run several methods at equal cost, with several seeds and at one or more budgets, and compare
+    them on held-out text.
 
     An interrupted comparison is continued by the same command.
     """
     from depthsearch.config import load_config
     from depthsearch.report import compare_report, write_report
     from depthsearch.run.compare import compare as run_compare
-    from depthsearch.terminal import arm_bars, compare_table
+    from depthsearch.terminal import arm_bars, compare_lines
 
     settings = load_config(config, override or [])
     with arm_bars() as (on_arm, on_heldout):
@@ -109,7 +110,7 @@ def compare(config: Config, out: Out, override: Set = None, as_json: Json = Fals
             settings, out, on_arm=on_arm, on_heldout=on_heldout, finish=write_report
         )
     compare_report(result, out / "report.html")
-    _show(result, as_json, lambda data: [compare_table(data), data["verdict"]])
+    _show(result, as_json, compare_lines)
     _say(f"Report: {out / 'report.html'}", as_json)
 
 

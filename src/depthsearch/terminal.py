@@ -18,9 +18,11 @@ from rich.table import Table
 
 from depthsearch.errors import DepthsearchError
 from depthsearch.report.calibration import interval
-from depthsearch.report.wording import shorten, stretches
-from depthsearch.run.compare import OnArm, OnHeldout
+from depthsearch.report.wording import correlation_text, shorten, stretches
+from depthsearch.run.compare import OnArm
+from depthsearch.run.directory import sections
 from depthsearch.run.figures import MEASURES
+from depthsearch.run.heldout import OnHeldout
 from depthsearch.run.loop import OnProgress
 from depthsearch.run.loop import Progress as SearchProgress
 from depthsearch.space import Mask, Site, parse_site_name
@@ -136,6 +138,52 @@ def compare_table(result: Mapping[str, Any]) -> Table:
             f"{row['evaluations_mean']:.0f}",
             f"{row['seconds_mean']:.0f} s",
         )
+    return table
+
+
+def compare_lines(result: Mapping[str, Any]) -> list[Table | str]:
+    """A comparison budget by budget, then what its budgets say together."""
+    lines: list[Table | str] = []
+    parts = sections(result)
+    for part in parts:
+        if part["summary"]:
+            lines += [
+                compare_table(part),
+                standing_table(part, "Ranks, and held-out loss minus search loss (gap)"),
+            ]
+            lines += [correlation_text(part["correlation"])] if part["correlation"] else []
+        lines += [
+            f"{run['name']} failed with seed {run['seed']}, {part['budget_text']}: {run['error']}"
+            for run in part["failed"]
+        ]
+        if len(parts) > 1 and part["summary"]:
+            lines.append(f"{part['verdict']}\n")
+    if len(parts) > 1 and len(result["ranks"]) > 1:
+        lines.append(standing_table(result, f"Ranks over {len(parts)} budgets"))
+    return [*lines, str(result["verdict"])]
+
+
+def standing_table(part: Mapping[str, Any], title: str) -> Table:
+    """Ranks of arms with intervals; at one budget also how far held-out loss is from search loss.
+
+    With one arm there is nothing to rank.
+    """
+    table = Table(title=title)
+    table.add_column("arm")
+    rows = {row["arm"]: row for row in part.get("summary", ())}
+    titles = ("mean rank [95 %]", "P(best)", *(("search loss", "gap") if rows else ()))
+    for name in titles:
+        table.add_column(name, justify="right", no_wrap=True)
+    for rank in part["ranks"]:
+        cells = [
+            f"{rank['rank_mean']:.2f} [{rank['rank_low']:.2f}, {rank['rank_high']:.2f}]",
+            f"{rank['best_probability']:.2f}",
+        ]
+        row = rows.get(rank["arm"])
+        if row is not None:
+            gap = row["gap_mean"]
+            cells += [f"{row['select_loss_mean']:.4f}", "" if gap is None else f"{gap:+.4f}"]
+        table.add_row(rank["arm"], *cells)
     return table
 
 

@@ -92,6 +92,7 @@ def test_the_document_has_what_reports_and_people_read(
     assert set(result) == {
         "version", "signature", "budget_text", "cap", "dense_cost", "dense", "cost_tokens",
         "arms", "summary", "pairs", "verdict", "sites", "failed",
+        "budget", "ranks", "anytime", "correlation", "warnings",
     }  # fmt: skip
     assert result["sites"] == [site.name for site in session.space.sites]
     assert result["signature"]["seed"] == [0, 1]
@@ -102,15 +103,14 @@ def test_the_document_has_what_reports_and_people_read(
             "name", "method", "seed", "run", "mask", "origin", "cost", "cost_tokens",
             "evaluations", "seconds", "select_loss", "finals_loss", "anytime", "heldout_kl",
             "heldout_kl_stderr", "heldout_ce", "heldout_ce_stderr", "heldout_losses",
-                "cut_kl", "cut_ce", "repair",
+            "cut_kl", "cut_ce", "repair", "gap", "anytime_heldout", "search_repair",
         }  # fmt: skip
         assert arm["cost"] <= result["cap"] < result["dense_cost"]
     for row in result["summary"]:
         assert set(row) == {
             "arm", "method", "seeds", "heldout_kl_mean", "heldout_kl_low", "heldout_kl_high",
             "heldout_ce_mean", "cut_kl_mean", "repaired", "select_loss_mean", "cost_tokens_mean",
-            "evaluations_mean",
-            "seconds_mean",
+            "evaluations_mean", "seconds_mean", "gap_mean", "gap_low", "gap_high",
         }  # fmt: skip
         assert row["heldout_kl_low"] <= row["heldout_kl_mean"] <= row["heldout_kl_high"]
     assert [row["arm"] for row in result["summary"]] == ["evo", "greedy"]

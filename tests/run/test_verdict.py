@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from depthsearch.run.verdict import verdict
+import pytest
+
+from depthsearch.run.verdict import outcome, overall, verdict, warnings_of
 
 
 def row(arm: str, mean: float, method: str = "evolution") -> dict[str, Any]:
@@ -66,3 +68,117 @@ def test_three_names_are_listed_with_commas() -> None:
     rows = [row("a", 0.1), row("b", 0.2), row("c", 0.3), row("d", 0.4)]
     text = verdict(rows, [pair("a", "b", None), pair("c", "a", None), pair("a", "d", None)])
     assert "No difference to b, c and d is shown." in text
+
+
+def measured(a: str, b: str, middle: float, low: float, high: float) -> dict[str, Any]:
+    better = a if high < 0 else b if low > 0 else None
+    return {**pair(a, b, better), "difference": middle, "low": low, "high": high}
+
+
+class TestWhetherSearchPaid:
+    def said(self, evo: float, found: dict[str, Any]) -> str:
+        rows = [row("evo", evo), row("win", 0.5, "windows")]
+        kind = outcome(rows, [found]).kind
+        return f"{kind}: {verdict(rows, [found])}"
+
+    def test_it_helps_by_so_much(self) -> None:
+        text = self.said(0.4, measured("evo", "win", -0.1, -0.15, -0.06))
+        assert text.startswith("pays: evo has the lowest")
+        assert text.endswith(
+            "Search helped: evo is 0.1000 nats [0.0600, 0.1500] or 20 % below win, the best method "
+            "without a search."
+        )
+
+    def test_a_simple_method_is_enough_where_no_gain_that_matters_is_possible(self) -> None:
+        text = self.said(0.49, measured("evo", "win", -0.01, -0.02, 0.005))
+        assert text.startswith("enough: ")
+        assert "a gain of more than 0.0200 nats by evo is ruled out" in text
+        assert text.endswith("Search did not help over one-pass methods here.")
+
+    @pytest.mark.parametrize("evo", [0.45, 0.52])
+    def test_an_interval_that_leaves_room_decides_nothing(self, evo: float) -> None:
+        text = self.said(evo, measured("win", "evo", 0.5 - evo, -0.08, 0.12))
+        assert text.startswith("open: ")
+        assert "Whether search helps over win, a method without a search, is not decided" in text
+        assert "leaves room for a gain of 0.1200 nats" in text
+        assert "did not help" not in text
+
+    def test_a_search_that_lost(self) -> None:
+        text = self.said(0.6, measured("evo", "win", 0.1, 0.05, 0.2))
+        assert text.startswith("enough: win has the lowest")
+        assert "win is enough here: evo is worse. Search did not help" in text
+
+    def test_a_search_that_came_to_the_same_mask(self) -> None:
+        text = self.said(0.5, measured("win", "evo", 0.0, 0.0, 0.0))
+        assert text.startswith("enough: ")
+        assert "win is enough here: evo came to the same. Search did not help" in text
+
+    def test_it_takes_a_search_and_a_rival(self) -> None:
+        rows = [row("evo", 0.4), row("greedy", 0.5, "greedy")]
+        found = measured("evo", "greedy", -0.1, -0.2, -0.05)
+        assert outcome(rows, [found]).kind == "no rival"
+        assert "Search helped" not in verdict(rows, [found])
+
+    def test_budgets_are_grouped_by_what_pays_there(self) -> None:
+        cases = {
+            "params 87 %": measured("evo", "win", -0.1, -0.15, -0.06),
+            "params 75 %": measured("evo", "win", -0.01, -0.02, 0.005),
+            "cache 60 %": measured("evo", "win", -0.05, -0.2, 0.1),
+            "cache 50 %": measured("evo", "win", -0.2, -0.3, -0.1),
+        }
+        sections = [
+            {
+                "budget_text": name,
+                "summary": [row("evo", 0.5 + found["difference"]), row("win", 0.5, "windows")],
+                "pairs": [found],
+            }
+            for name, found in cases.items()
+        ]
+        sections.append({"budget_text": "nothing", "summary": [], "pairs": []})
+        ranks = [
+            {"arm": arm, "rank_mean": mean, "rank_low": 1.0, "rank_high": 2.0,
+             "best_probability": best}
+            for arm, mean, best in (("evo", 1.125, 0.95), ("win", 1.875, 0.05))
+        ]  # fmt: skip
+        assert overall(sections, ranks) == (
+            "Search pays at params 87 % (evo, 0.1000 nats below win); cache 50 % (evo, 0.2000 nats "
+            "below win). A method without a search is enough at params 75 % (win). The intervals "
+            "can't tell whether search helps over a method without one at cache 60 % (win). No "
+            "search and one-pass method are there to compare at nothing. evo has the best mean "
+            "rank over budgets and seeds, 1.12 [1.00, 2.00] of 2, and is the best arm with "
+            "probability 0.95."
+        )
+
+
+class TestWarnings:
+    def rows(self, select: float) -> list[dict[str, Any]]:
+        return [
+            row("evo", 0.45) | {"select_loss_mean": select, "gap_mean": 0.45 - select},
+            row("win", 0.5, "windows") | {"select_loss_mean": 0.4, "gap_mean": 0.1},
+        ]
+
+    def test_a_lead_that_shrinks(self) -> None:
+        """A lead of 0.2 on search data is at most 0.08 on held-out text; one of 0.06 may last."""
+        found = [measured("evo", "win", -0.05, -0.08, -0.02)]
+        (said,) = warnings_of([self.rows(0.2)], found, [], None)
+        assert said == (
+            "evo overfits its search text: its lead of 0.2000 nats on win there is 0.0500 on "
+            "held-out text."
+        )
+        assert warnings_of([self.rows(0.34)], found, [], None) == []
+        assert said in verdict(self.rows(0.2), found, [said])
+        # Losses of other kinds, such as those of masks that are repaired later, are not compared.
+        evo, win = self.rows(0.2)
+        assert warnings_of([[evo], [win]], found, [], None) == []
+
+    def test_a_search_that_went_on_too_long(self) -> None:
+        turned = {"cost_tokens": 40_000.0, "difference": 0.03, "low": 0.01, "high": 0.05}
+        courses = [{"arm": "a", "worsened": None}, {"arm": "evo", "worsened": turned}]
+        (said,) = warnings_of([self.rows(0.4)], [], courses, None)
+        assert said.startswith("evo was better on held-out text after 40,000 tokens than at its")
+
+    def test_search_losses_that_do_not_carry_over(self) -> None:
+        found = {"spearman": 0.21, "low": -0.2, "high": 0.6, "masks": 18}
+        (said,) = warnings_of([self.rows(0.4)], [], [], found)
+        assert "rank correlation is 0.21 [-0.20, 0.60] over 18 masks" in said
+        assert warnings_of([self.rows(0.4)], [], [], found | {"low": 0.1}) == []

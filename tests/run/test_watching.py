@@ -329,6 +329,23 @@ def test_a_comparison_shows_each_of_its_runs(tmp_path: Path) -> None:
     assert state.to_json()["runs"][0]["phase"] == "done"
 
 
+def test_a_comparison_at_several_budgets_names_them(tmp_path: Path) -> None:
+    out = tmp_path / "arms"
+    compare = {
+        "arms": {"a": {"method": "windows"}},
+        "seeds": [4],
+        "budgets": [{"keep_params": 0.9}, {"keep_kv_bytes": 0.5}],
+    }
+    write_run(out / ARMS / "a-keep_kv_bytes-0.5-seed4")
+    (out / CONFIG).write_text(resolved_yaml(config_from_mapping({**SETTINGS, "compare": compare})))
+    state = Watcher(out).look()
+    assert isinstance(state, CompareState)
+    assert [(run.run, run.phase) for run in state.runs] == [
+        ("a-keep_params-0.9-seed4", "waiting"),
+        ("a-keep_kv_bytes-0.5-seed4", "done"),
+    ]
+
+
 def test_watching_needs_no_torch(finished: Path) -> None:
     code = (
         "import sys; from pathlib import Path; import depthsearch.live; "

@@ -256,6 +256,9 @@ def _model_at(keys: tuple[str, ...]) -> type[BaseModel] | None:
         return SearchConfig if len(keys) > _ARM else None
     model: type[BaseModel] = RunConfig
     for key in keys:
+        if key.isdigit():
+            # A place in a list of sections, such as compare.budgets.0.
+            continue
         field = model.model_fields.get(key)
         if field is None:
             return None

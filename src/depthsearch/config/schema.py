@@ -151,6 +151,19 @@ class BudgetConfig(_Section):
         extras = {"of", "context_tokens"}
         return {k: v for k, v in self if k not in extras and v is not None}
 
+    @property
+    def label(self) -> str:
+        """A short name for folders, such as keep_params-0.75-of-blocks; equal only for equals."""
+        ((key, value),) = self._given().items()
+        # A unit means the same in upper and lower case, which not every disk tells apart.
+        amount = "".join(value.split()).lower() if isinstance(value, str) else str(value)
+        parts = [key, amount]
+        if self.of != "model" and isinstance(value, float):
+            parts.append(f"of-{self.of}")
+        if key == "keep_flops":
+            parts.append(f"at-{self.context_tokens}")
+        return "-".join(parts)
+
     def to_budget_json(self) -> dict[str, Any]:
         """The budget as `depthsearch.space.Budget.from_json` reads it."""
         ((key, value),) = self._given().items()
@@ -290,8 +303,29 @@ class CompareConfig(_Section):
         tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(_frozen)
     ] = (0, 1, 2)
     """each arm runs once with each seed"""
+    budgets: tuple[BudgetConfig, ...] = ()
+    """each arm and seed runs once at each of these budgets, such as [{keep_params: 0.875},
+    {keep_kv_bytes: 0.6}]; left out: at space.budget"""
     cost_tokens: float | str | None = None
-    """what each arm may spend, or the arm whose own cost the others get; else search.cost_tokens"""
+    """what each arm may spend, or the arm whose own cost the others get, at each budget and with
+    each seed anew; else search.cost_tokens"""
+    anytime: Annotated[Whole, Field(ge=0)] = 6
+    """best-so-far masks of each run, spaced in log cost, that are measured on held-out text to show
+    what it was worth to stop earlier; 0 measures none"""
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _check_list(cls, budgets: object) -> object:
+        if not isinstance(budgets, list | tuple):
+            raise ValueError("must be a list, such as [{keep_params: 0.875}, {keep_params: 0.75}]")
+        return tuple(budgets)
+
+    @field_validator("budgets", mode="after")
+    @classmethod
+    def _check_budgets(cls, budgets: tuple[BudgetConfig, ...]) -> tuple[BudgetConfig, ...]:
+        if len({budget.label for budget in budgets}) != len(budgets):
+            raise ValueError("each budget may appear once")
+        return budgets
 
     @field_validator("seeds", mode="after")
     @classmethod

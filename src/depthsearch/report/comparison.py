@@ -8,12 +8,19 @@ from typing import Any
 from matplotlib.lines import Line2D
 
 from depthsearch.report import wording
-from depthsearch.report.drawing import CYCLE, INK, Picture, canvas, cost_axis, loss_axis, picture
+from depthsearch.report.drawing import (
+    INK,
+    Picture,
+    arm_names,
+    arm_style,
+    canvas,
+    cost_axis,
+    loss_axis,
+    picture,
+)
 from depthsearch.report.figures import Strip, mask_picture
 from depthsearch.report.tables import Table
 from depthsearch.space import Mask, Site, parse_site_name
-
-_COLORS = (("#d55e00", "D"), ("#0072b2", "s"), ("#009e73", "^"), ("#aa3377", "o"), *CYCLE[1:])
 
 
 def sites_from_names(names: Sequence[str]) -> tuple[Site, ...]:
@@ -47,12 +54,12 @@ def anytime_picture(arms: Sequence[Mapping[str, Any]]) -> Picture | None:
     curves = [(arm, arm["anytime"]) for arm in arms if arm.get("anytime")]
     if not curves:
         return None
-    names = _names(arms)
+    names = arm_names(arms)
     end = max(float(arm["cost_tokens"]) for arm, _ in curves)
     with canvas(9.6, 3.7) as figure:
         axis = figure.add_subplot()
         for arm, curve in curves:
-            color, _ = _COLORS[names.index(str(arm["name"])) % len(_COLORS)]
+            color, _ = arm_style(names, str(arm["name"]))
             xs, ys = [float(x) for x, _ in curve], [float(y) for _, y in curve]
             own_end = float(arm["cost_tokens"])
             axis.plot(
@@ -74,11 +81,11 @@ def anytime_picture(arms: Sequence[Mapping[str, Any]]) -> Picture | None:
                 Line2D(
                     [],
                     [],
-                    color=_COLORS[n % len(_COLORS)][0],
+                    color=arm_style(names, name)[0],
                     linewidth=1.5,
                     label=wording.shorten(name, 26),
                 )
-                for n, name in enumerate(names)
+                for name in names
             ],
             loc="outside right upper",
         )
@@ -92,11 +99,11 @@ def transfer_picture(arms: Sequence[Mapping[str, Any]]) -> Picture | None:
     ]
     if not known:
         return None
-    names = _names(arms)
+    names = arm_names(arms)
     with canvas(9.6, 3.9) as figure:
         axis = figure.add_subplot()
         for arm in known:
-            color, marker = _COLORS[names.index(str(arm["name"])) % len(_COLORS)]
+            color, marker = arm_style(names, str(arm["name"]))
             axis.errorbar(
                 [float(arm["select_loss"])],
                 [float(arm["heldout_kl"])],
@@ -108,8 +115,19 @@ def transfer_picture(arms: Sequence[Mapping[str, Any]]) -> Picture | None:
                 capsize=2,
                 alpha=0.9,
             )
-        xs = [float(a["select_loss"]) for a in known]
-        ys = [float(a["heldout_kl"]) for a in known]
+            on_the_way = arm.get("anytime_heldout") or ()
+            axis.plot(
+                [float(mask["select_loss"]) for mask in on_the_way],
+                [float(mask["heldout_kl"]) for mask in on_the_way],
+                linestyle="",
+                color=color,
+                marker=marker,
+                markersize=3,
+                alpha=0.45,
+            )
+        dots = [*known, *(mask for arm in known for mask in arm.get("anytime_heldout") or ())]
+        xs = [float(dot["select_loss"]) for dot in dots]
+        ys = [float(dot["heldout_kl"]) for dot in dots]
         low, high = min(xs + ys), max(xs + ys)
         axis.plot(
             [low, high], [low, high], color="#9aa3ad", linewidth=1, linestyle=(0, (2, 3)), zorder=1
@@ -121,11 +139,11 @@ def transfer_picture(arms: Sequence[Mapping[str, Any]]) -> Picture | None:
                 [],
                 [],
                 linestyle="",
-                marker=_COLORS[n % len(_COLORS)][1],
-                color=_COLORS[n % len(_COLORS)][0],
+                marker=arm_style(names, name)[1],
+                color=arm_style(names, name)[0],
                 label=wording.shorten(name, 26),
             )
-            for n, name in enumerate(names)
+            for name in names
         ]
         handles.append(
             Line2D([], [], color="#9aa3ad", linestyle=(0, (2, 3)), label="equal on both")
@@ -246,7 +264,3 @@ def runs_table(arms: Sequence[Mapping[str, Any]], sites: Sequence[Site]) -> Tabl
         ),
         tuple(rows),
     )
-
-
-def _names(arms: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(str(arm["name"]) for arm in arms))

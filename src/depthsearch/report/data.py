@@ -83,6 +83,12 @@ class RunData:
         return "cross-entropy" if kind == "cross_entropy" else "KL divergence to the dense model"
 
     @cached_property
+    def method(self) -> str | None:
+        """The name of the search method."""
+        name = _inside(self.config, "search", "method")
+        return name if isinstance(name, str) else None
+
+    @cached_property
     def ranked(self) -> tuple[Point, ...]:
         """Every mask on budget that was judged on all search data, best first, each once."""
         found: dict[Mask, Point] = {}

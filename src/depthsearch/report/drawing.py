@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +102,19 @@ def style_of(family: str, known: list[str]) -> tuple[str, str]:
         return _STYLES[family]
     others = [name for name in known if name not in _STYLES]
     return CYCLE[others.index(family) % len(CYCLE)]
+
+
+_ARMS = (("#d55e00", "D"), ("#0072b2", "s"), ("#009e73", "^"), ("#aa3377", "o"), *CYCLE[1:])
+
+
+def arm_names(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The arms of a comparison, each once, in the order of its runs."""
+    return list(dict.fromkeys(str(arm["name"]) for arm in arms))
+
+
+def arm_style(names: Sequence[str], name: str) -> tuple[str, str]:
+    """Colour and marker of an arm among those compared."""
+    return _ARMS[names.index(name) % len(_ARMS)]
 
 
 def loss_axis(axis: Axes, which: str, low: float, high: float) -> None:

@@ -9,9 +9,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from depthsearch import __version__
-from depthsearch.errors import StorageError
-from depthsearch.report import calibration, comparison, figures, tables, wording
+from depthsearch.errors import DepthsearchError, StorageError
+from depthsearch.journal import read_journal
+from depthsearch.report import calibration, comparison, figures, standing, tables, wording
 from depthsearch.report.data import RunData, read_run
+from depthsearch.report.drawing import Picture
+from depthsearch.report.tree import tree_picture
+from depthsearch.run.directory import JOURNAL, sections
+from depthsearch.run.replaying import replayed
+from depthsearch.searchers.mcts import MctsSearcher
 from depthsearch.space import Mask
 
 _STRIPS = 8
@@ -42,6 +48,8 @@ def run_report(run_dir: Path) -> str:
         overfit=figures.overfit_picture(run.overfit) if run.overfit else None,
         overfit_verdict=str((run.overfit or {}).get("verdict", "")),
         elite=len(run.elite()),
+        tree=_tree(run_dir, run),
+        lineage=tables.lineage(run),
         best=tables.best_mask(run),
         top=tables.top_masks(run),
         search=tables.search_summary(run),
@@ -58,25 +66,43 @@ def write_report(run_dir: Path) -> Path:
 
 def compare_html(compare: Mapping[str, Any]) -> str:
     """The report of a comparison as HTML; raises MaskError for unknown site names."""
-    sites = comparison.sites_from_names(compare["sites"])
-    arms = compare["arms"]
+    parts = sections(compare)
     return _render(
         "compare.html.j2",
         verdict=str(compare.get("verdict") or ""),
         cost_tokens=wording.amount(compare["cost_tokens"]) if compare.get("cost_tokens") else None,
-        budget=str(compare.get("budget_text") or ""),
+        budget=str(parts[0].get("budget_text") or "") if len(parts) == 1 else "",
         dense=compare.get("dense") or {},
-        summary=comparison.summary_table(compare),
-        intervals=comparison.interval_picture(compare.get("summary") or ()),
-        pairs=comparison.pairs_table(compare),
-        masks=comparison.arms_picture(arms, sites),
-        anytime=comparison.anytime_picture(arms),
-        transfer=comparison.transfer_picture(arms),
-        runs=comparison.runs_table(arms, sites),
+        parts=[_part(part) for part in parts],
+        overview=standing.budgets_picture(parts),
+        ranks=standing.ranks_table(compare),
         export=tables.exported(compare.get("export")),
         signature=tables.pairs(compare.get("signature") or {}),
         version=str(compare.get("version", "unknown")),
     )
+
+
+def _part(compare: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of one budget."""
+    sites = comparison.sites_from_names(compare["sites"])
+    arms = compare["arms"]
+    correlation = compare.get("correlation")
+    return {
+        "budget": str(compare.get("budget_text") or ""),
+        "verdict": str(compare.get("verdict") or ""),
+        "failed": compare.get("failed") or (),
+        "summary": comparison.summary_table(compare),
+        "intervals": comparison.interval_picture(compare.get("summary") or ()),
+        "ranks": standing.ranks_table(compare),
+        "pairs": comparison.pairs_table(compare),
+        "masks": comparison.arms_picture(arms, sites),
+        "course": standing.course_picture(compare),
+        "anytime": comparison.anytime_picture(arms),
+        "transfer": comparison.transfer_picture(arms),
+        "carry": standing.carry_table(compare),
+        "correlation": wording.correlation_text(correlation) if correlation else "",
+        "runs": comparison.runs_table(arms, sites),
+    }
 
 
 def compare_report(compare: Mapping[str, Any], out: Path) -> Path:
@@ -99,6 +125,18 @@ def calibration_report(found: Mapping[str, Any], out: Path) -> Path:
         signature=tables.pairs(found["signature"]),
     )
     return _write(out, page)
+
+
+def _tree(run_dir: Path, run: RunData) -> Picture | None:
+    """The tree of a tree search; None for other methods, and where it can't be repeated."""
+    if run.method != "mcts":
+        return None
+    try:
+        searcher = replayed(read_journal(run_dir / JOURNAL))
+    except DepthsearchError:
+        return None
+    assert isinstance(searcher, MctsSearcher)
+    return tree_picture(searcher.tree(), run.space.sites)
 
 
 def _render(template: str, **values: Any) -> str:

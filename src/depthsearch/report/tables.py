@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from depthsearch.report import wording
-from depthsearch.report.data import RunData, flatten
-from depthsearch.space import METRICS, Evaluation
+from depthsearch.report.data import Point, RunData, flatten
+from depthsearch.space import METRICS, Evaluation, Mask, Site
 
 _STATUS = {
     "ok": "judged on all search data",
@@ -19,6 +20,8 @@ _STATUS = {
     "failed": "failed",
 }
 _TOP = 10
+_LAST = 12
+"""Changes of the best mask that are listed, besides the first."""
 
 
 _EXPORT_ROWS = (
@@ -90,6 +93,40 @@ def top_masks(run: RunData) -> Table:
         ("", "Found by", "Drops", "Search loss", "Fresh loss", wording.metric_name(metric)),
         tuple(rows),
     )
+
+
+def lineage(run: RunData) -> Table:
+    """The best mask so far each time that it changed, and what it then dropped or put back."""
+    found: list[Point] = []
+    for _, points in groupby(run.points, key=lambda point: point.cost_tokens):
+        best = min((p for p in points if p.complete), key=_order, default=None)
+        if best is not None and (not found or _order(best)[1] < _order(found[-1])[1]):
+            found.append(best)
+    rows = []
+    for place, point in enumerate(found):
+        changes = "" if place else wording.stretches(point.mask, run.space.sites)
+        if place:
+            changes = _changes(found[place - 1].mask, point.mask, run.space.sites)
+        rows.append(
+            (wording.amount(point.cost_tokens), point.origin, _loss_of(point.evaluation), changes)
+        )
+    return Table(
+        ("At cost, tokens", "Found by", "Search loss", "Drops, then what changed"),
+        tuple(rows[:1] + rows[1:][-_LAST:]),
+    )
+
+
+def _order(point: Point) -> tuple[int, float, str]:
+    return point.evaluation.order
+
+
+def _changes(before: Mask, after: Mask, sites: Sequence[Site]) -> str:
+    parts = []
+    for verb, old, new in (("drops", before, after), ("puts back", after, before)):
+        mask = Mask.dropping(len(new), sorted(set(new.dropped) - set(old.dropped)))
+        if mask.dropped:
+            parts.append(f"{verb} {wording.stretches(mask, sites)}")
+    return ", ".join(parts)
 
 
 def search_summary(run: RunData) -> Table:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from depthsearch.space import KINDS, Kind, Mask, Site
 
@@ -70,6 +72,14 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
+def correlation_text(found: Mapping[str, Any]) -> str:
+    """Whether search loss and held-out loss rank masks alike."""
+    return (
+        f"Rank correlation of search loss and held-out loss: {found['spearman']:.2f} "
+        f"[{found['low']:.2f}, {found['high']:.2f}], Spearman over {found['masks']} masks."
+    )
+
+
 def stretches(mask: Mask, sites: Sequence[Site]) -> str:
     """What a mask drops in short: "blocks 12–18", "attention 4, 9–12; FFN 10–11"."""
     several = len({site.stack for site in sites}) > 1
@@ -97,6 +107,12 @@ def shorten(text: str, most: int = 44) -> str:
     """Text for a picture: printable, on one line, cut with an ellipsis."""
     line = "".join(c if c.isprintable() else " " for c in text)
     return line if len(line) <= most else f"{line[: most - 1].rstrip()}…"
+
+
+def folded(text: str, width: int) -> str:
+    """Text for a picture over several lines of about `width` characters."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return "\n".join(textwrap.wrap(line, width))
 
 
 def _ranges(numbers: Sequence[int]) -> str:

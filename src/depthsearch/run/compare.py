@@ -1,45 +1,46 @@
-"""Compare search methods: arms at equal cost, several seeds, figures on held-out data.
+"""Compare search methods: arms at equal cost, seeds and budgets, figures on held-out data.
 
-Each arm and seed is an ordinary run directory, so a comparison is resumable and each of its runs
-can be reported, resumed or exported on its own.
+Each arm, seed and budget is an ordinary run directory, so a comparison is resumable and each of its
+runs can be reported, resumed or exported on its own.
+
+compare.json holds at one budget what `section` in standing.py returns beside what all runs share;
+at several, `budgets` is a list of such sections.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from depthsearch import __version__
-from depthsearch.config import CompareConfig, RunConfig, SearchConfig, load_config, resolved_yaml
+from depthsearch.config import BudgetConfig, RunConfig, SearchConfig, load_config, resolved_yaml
 from depthsearch.errors import ConfigError, NothingFoundError, RunDirectoryError
 from depthsearch.journal import read_journal
-from depthsearch.model.patches import load_patches
-from depthsearch.model.repair import patched
+from depthsearch.run.anytime import improvements, spaced
+from depthsearch.run.arms import arm_config, arm_runs, arm_search, budgets_of, cost_first
 from depthsearch.run.directory import (
     ARMS,
     BEST,
     COMPARE,
     CONFIG,
     JOURNAL,
-    REPAIR,
     create_directory,
     read_json,
     write_json,
 )
+from depthsearch.run.heldout import Heldout, Measured, OnHeldout, measure
 from depthsearch.run.loop import OnProgress
 from depthsearch.run.search import Finish, resume, search
-from depthsearch.run.session import Session, check_search, opened
-from depthsearch.run.statistics import bootstrap_interval, paired_difference
-from depthsearch.run.verdict import verdict
+from depthsearch.run.session import Session, check_search, make_space, opened
+from depthsearch.run.standing import NOTHING, measured_entry, ranks_of, section
+from depthsearch.run.verdict import ONE_SEED, overall
 from depthsearch.run.workers import check_repair
-from depthsearch.space import Mask
 
-OnHeldout = Callable[[int, int], None]
 OnArm = Callable[[str, int, int, int], OnProgress | None]
 
 
@@ -52,11 +53,12 @@ def compare(
     on_heldout: OnHeldout | None = None,
     finish: Finish | None = None,
 ) -> dict[str, Any]:
-    """Run every arm with every seed below `out`, measure all on held-out text, and sum up.
+    """Run every arm with every seed at every budget below `out`, measure all, and sum up.
 
     An `out` that holds the same comparison, unfinished, is continued. `on_arm(arm, seed, runs
-    done, runs)` is called before each run and may return its progress callback, `on_heldout(batches
-    done, batches)` while held-out text is scored. Returns what
+    done, runs)`, the arm with its budget before it where there are several, is called before each
+    run and may return its progress callback, `on_heldout(batches done, batches)` while held-out
+    text is scored. Returns what
     compare.json holds. Raises ConfigError without arms, RunDirectoryError where `out` holds
     something else.
     """
@@ -88,38 +90,166 @@ def _compare(
             "a comparison needs at least 2 held-out windows for its intervals: raise "
             "calibration.heldout_tokens"
         )
+    sessions = [_at(session, budget) for budget in budgets_of(config)]
     if not out.exists():
         create_directory(out, {CONFIG: resolved_yaml(config)})
-    costs: dict[int, float] = {}
-    order = _order(config.compare)
+    entries, failed = _run_all(config, out, sessions, on_arm, finish)
+    improved = {
+        entry["run"]: spaced(
+            improvements(read_journal(out / entry["run"] / JOURNAL)), config.compare.anytime
+        )
+        for found in entries
+        for entry in found
+    }
+    heldout = measure(
+        session,
+        splits[0].heldout,
+        [
+            Measured(
+                entry["run"],
+                replace(at, config=load_config(out / entry["run"] / CONFIG)),
+                out / entry["run"],
+                entry["mask"],
+                tuple(found.mask for found in improved[entry["run"]]),
+                entry["repair"],
+            )
+            for at, found in zip(sessions, entries, strict=True)
+            for entry in found
+        ],
+        on_heldout,
+    )
+    objective = config.objective.kind
+    measured = [
+        [measured_entry(entry, improved[entry["run"]], heldout, objective) for entry in found]
+        for found in entries
+    ]
+    sections = [
+        _section(config, at, found, lost, heldout)
+        for at, found, lost in zip(sessions, measured, failed, strict=True)
+    ]
     seeds = config.compare.seeds
-    runs = [(arm, seed) for seed in seeds for arm in order]
-    entries: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
-    for done, (arm, seed) in enumerate(runs):
-        chosen = _arm_search(config, arm, seed, costs.get(seed))
-        run = out / ARMS / f"{arm}-seed{seed}"
-        on_progress = on_arm(arm, seed, done, len(runs)) if on_arm is not None else None
-        try:
-            _run_arm(replace(session, config=_single(config, chosen)), run, on_progress, finish)
-        except (ConfigError, NothingFoundError) as error:
-            if arm == config.compare.cost_tokens:
-                raise NothingFoundError(
-                    f"the arm '{arm}', whose cost the others get, failed with seed {seed}: {error}"
-                ) from error
-            failed.append({"name": arm, "seed": seed, "error": str(error)})
-            continue
-        entry = _entry(arm, chosen, run)
-        entries.append(entry)
-        if arm == config.compare.cost_tokens:
-            costs[seed] = entry["cost_tokens"]
-    complete = {a for a in order if sum(e["name"] == a for e in entries) == len(seeds)}
-    if not complete:
-        raise NothingFoundError(f"no arm finished with every seed; the first: {failed[0]['error']}")
-    entries = [entry for entry in entries if entry["name"] in complete]
-    result = _summary(session, config, out, entries, on_heldout) | {"failed": failed}
+    dense = heldout.cut[session.space.dense.key]
+    shared = {
+        "version": __version__,
+        "signature": session.signature(splits[0], seeds[0]) | {"seed": list(seeds)},
+        "sites": [site.name for site in session.space.sites],
+        "dense": {
+            "heldout_kl": float(np.mean(dense.kl)),
+            "heldout_ce": float(np.mean(dense.ce)),
+            "perplexity": float(np.exp(np.mean(dense.ce))),
+        },
+    }
+    result = shared | _joined(sections, measured)
+    if len(seeds) == 1:
+        result["verdict"] += f" {ONE_SEED}"
     write_json(out / COMPARE, result)
     return result
+
+
+def _at(session: Session, budget: BudgetConfig) -> Session:
+    """The session at another budget; raises BudgetError where no mask meets it."""
+    space = session.config.space
+    if budget == space.budget:
+        return session
+    space = space.model_copy(update={"budget": budget})
+    return replace(
+        session,
+        config=session.config.model_copy(update={"space": space}),
+        space=make_space(space, session.loaded.model, session.anatomy),
+    )
+
+
+def _run_all(
+    config: RunConfig,
+    out: Path,
+    sessions: Sequence[Session],
+    on_arm: OnArm | None,
+    finish: Finish | None,
+) -> tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
+    """What every run came to, and which failed, both by budget.
+
+    Left out are the runs of arms that failed with another seed at that budget. Raises
+    NothingFoundError where nothing is left, or where all others wait for an arm that failed.
+    """
+    assert config.compare is not None
+    setter, costs = config.compare.cost_tokens, dict[tuple[int, int], float]()
+    entries: list[list[dict[str, Any]]] = [[] for _ in sessions]
+    failed: list[list[dict[str, Any]]] = [[] for _ in sessions]
+    runs = arm_runs(config.compare, cost_first(config.compare))
+    for done, run in enumerate(runs):
+        key = (run.place, run.seed)
+        if isinstance(setter, str) and run.arm != setter and key not in costs:
+            error = f"the arm '{setter}', whose cost it was to get, failed"
+            failed[run.place].append({"name": run.arm, "seed": run.seed, "error": error})
+            continue
+        chosen = arm_search(config, run, costs.get(key))
+        path = out / ARMS / run.name
+        on_progress = on_arm(run.title, run.seed, done, len(runs)) if on_arm is not None else None
+        try:
+            alone = replace(sessions[run.place], config=arm_config(config, run, chosen))
+            _run_arm(alone, path, on_progress, finish)
+        except (ConfigError, NothingFoundError) as error:
+            if run.arm == setter and len(sessions) == 1:
+                raise NothingFoundError(
+                    f"the arm '{run.arm}', whose cost the others get, failed with seed "
+                    f"{run.seed}: {error}"
+                ) from error
+            failed[run.place].append({"name": run.arm, "seed": run.seed, "error": str(error)})
+            continue
+        entry = _entry(run.arm, chosen, path)
+        entries[run.place].append(entry)
+        if run.arm == setter:
+            costs[key] = entry["cost_tokens"]
+    whole = [_complete(found, len(config.compare.seeds)) for found in entries]
+    if not any(whole):
+        first = next(lost[0]["error"] for lost in failed if lost)
+        raise NothingFoundError(f"no arm finished with every seed; the first: {first}")
+    return whole, failed
+
+
+def _complete(entries: list[dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
+    """The runs of the arms that finished with every seed."""
+    counts = Counter(entry["name"] for entry in entries)
+    return [entry for entry in entries if counts[entry["name"]] == seeds]
+
+
+def _section(
+    config: RunConfig,
+    session: Session,
+    entries: Sequence[Mapping[str, Any]],
+    failed: Sequence[Mapping[str, Any]],
+    heldout: Heldout,
+) -> dict[str, Any]:
+    """All about one budget, empty of figures where no arm finished with every seed."""
+    assert config.compare is not None
+    space = session.space
+    about = {
+        "budget": session.config.space.budget.label,
+        "budget_text": space.budget.text,
+        "cap": space.cap,
+        "dense_cost": space.cost(space.dense),
+        "failed": list(failed),
+    }
+    if not entries:
+        return about | NOTHING
+    arms, anytime = list(config.compare.arms), config.compare.anytime > 0
+    return about | section(arms, entries, heldout, config.objective.kind, anytime)
+
+
+def _joined(
+    sections: Sequence[Mapping[str, Any]], measured: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """One budget's section as it is, or several below `budgets` with what they say together."""
+    if len(sections) == 1:
+        return dict(sections[0])
+    known = [found for found in measured if found]
+    ranks = ranks_of(known)
+    return {
+        "cost_tokens": float(np.mean([e["cost_tokens"] for found in known for e in found])),
+        "budgets": list(sections),
+        "ranks": ranks,
+        "verdict": overall(sections, ranks),
+    }
 
 
 def read_compare(out: Path) -> dict[str, Any]:
@@ -151,33 +281,6 @@ def _check_out(config: RunConfig, out: Path) -> None:
         )
 
 
-def _order(config: CompareConfig) -> list[str]:
-    """The arms, the one whose cost the others get first."""
-    first = [arm for arm in config.arms if arm == config.cost_tokens]
-    return first + [arm for arm in config.arms if arm not in first]
-
-
-def _arm_search(config: RunConfig, arm: str, seed: int, equal: float | None) -> SearchConfig:
-    assert config.compare is not None
-    limit = config.compare.cost_tokens
-    if limit is None:
-        cost = config.search.cost_tokens
-    elif isinstance(limit, str):
-        cost = None if arm == limit else equal
-    else:
-        cost = limit
-    chosen = config.compare.arms[arm].model_copy(update={"seed": seed, "cost_tokens": cost})
-    if chosen.options.get("storage") is None:
-        return chosen
-    # Every run keeps a study of its own in a storage that they share.
-    name = f"{chosen.options.get('study_name', 'depthsearch')}-{arm}-seed{seed}"
-    return chosen.model_copy(update={"options": chosen.options | {"study_name": name}})
-
-
-def _single(config: RunConfig, chosen: SearchConfig) -> RunConfig:
-    return config.model_copy(update={"search": chosen, "compare": None})
-
-
 def _run_arm(
     session: Session, run: Path, on_progress: OnProgress | None, finish: Finish | None
 ) -> None:
@@ -192,22 +295,6 @@ def _run_arm(
 def _entry(arm: str, chosen: SearchConfig, run: Path) -> dict[str, Any]:
     best = read_json(run / BEST, "the run has not finished")
     records = read_journal(run / JOURNAL)
-    curve: list[list[float]] = []
-    lowest = float("inf")
-    final: dict[int, list[bool]] = {}
-    for record in records:
-        if record["op"] == "ask":
-            final[record["id"]] = [proposal["final"] for proposal in record["proposals"]]
-        elif record["op"] == "tell":
-            flags = final[record["id"]]
-            losses = [
-                evaluation["loss"]
-                for evaluation, flag in zip(record["evaluations"], flags, strict=True)
-                if flag and evaluation["status"] == "ok"
-            ]
-            if losses and min(losses) < lowest:
-                lowest = min(losses)
-                curve.append([record["cost_tokens"], lowest])
     return {
         "name": arm,
         "method": chosen.method,
@@ -221,139 +308,12 @@ def _entry(arm: str, chosen: SearchConfig, run: Path) -> dict[str, Any]:
         "seconds": round(_busy_seconds(records), 1),
         "select_loss": best["loss"],
         "finals_loss": best["finals_loss"],
+        "search_repair": chosen.repair,
         "repair": best.get("repair"),
-        "anytime": curve,
+        "anytime": [[found.cost_tokens, found.loss] for found in improvements(records)],
     }
 
 
 def _busy_seconds(records: Sequence[Mapping[str, Any]]) -> float:
     """Time between neighbouring records; a pause before a resume counts as one long step."""
     return float(records[-1]["time"] - records[0]["time"])
-
-
-def _summary(
-    session: Session,
-    config: RunConfig,
-    out: Path,
-    entries: list[dict[str, Any]],
-    on_heldout: OnHeldout | None,
-) -> dict[str, Any]:
-    assert config.compare is not None
-    seeds = config.compare.seeds
-    splits = session.splits(seeds[0])
-    masks = list(dict.fromkeys([session.space.dense.key, *(e["mask"] for e in entries)]))
-    kl_of, ce_of = _heldout(session, splits.heldout, out, masks, entries, on_heldout)
-    for entry in entries:
-        kl, ce = (found.get(entry["run"], found[entry["mask"]]) for found in (kl_of, ce_of))
-        entry |= {
-            "heldout_kl": _mean(kl),
-            "heldout_kl_stderr": _stderr(kl),
-            "heldout_ce": _mean(ce),
-            "heldout_ce_stderr": _stderr(ce),
-            "heldout_losses": kl,
-            "cut_kl": _mean(kl_of[entry["mask"]]),
-            "cut_ce": _mean(ce_of[entry["mask"]]),
-        }
-    rng = np.random.default_rng(0)
-    by_arm = {
-        arm: found
-        for arm in config.compare.arms
-        if (found := [entry for entry in entries if entry["name"] == arm])
-    }
-    tables = {arm: np.array([e["heldout_losses"] for e in found]) for arm, found in by_arm.items()}
-    summary = []
-    for arm, found in by_arm.items():
-        interval = bootstrap_interval(tables[arm], rng)
-        summary.append(
-            {
-                "arm": arm,
-                "method": found[0]["method"],
-                "seeds": len(found),
-                "heldout_kl_mean": interval.mean,
-                "heldout_kl_low": interval.low,
-                "heldout_kl_high": interval.high,
-                "heldout_ce_mean": _mean([e["heldout_ce"] for e in found]),
-                "cut_kl_mean": _mean([e["cut_kl"] for e in found]),
-                "repaired": any(e["repair"] is not None for e in found),
-                "select_loss_mean": _mean([e["select_loss"] for e in found]),
-                "cost_tokens_mean": _mean([e["cost_tokens"] for e in found]),
-                "evaluations_mean": _mean([float(e["evaluations"]) for e in found]),
-                "seconds_mean": _mean([e["seconds"] for e in found]),
-            }
-        )
-    arms = list(by_arm)
-    pairs = []
-    for place, a in enumerate(arms):
-        for b in arms[place + 1 :]:
-            interval = paired_difference(tables[a], tables[b], rng)
-            word = {-1: f"{a} is better", 1: f"{b} is better", 0: "no difference shown"}
-            pairs.append(
-                {
-                    "a": a,
-                    "b": b,
-                    "difference": interval.mean,
-                    "low": interval.low,
-                    "high": interval.high,
-                    "verdict": word[interval.side],
-                }
-            )
-    dense = session.space.dense.key
-    return {
-        "version": __version__,
-        "signature": session.signature(splits, seeds[0]) | {"seed": list(seeds)},
-        "budget_text": session.space.budget.text,
-        "cap": session.space.cap,
-        "dense_cost": session.space.cost(session.space.dense),
-        "dense": {
-            "heldout_kl": _mean(kl_of[dense]),
-            "heldout_ce": _mean(ce_of[dense]),
-            "perplexity": float(np.exp(_mean(ce_of[dense]))),
-        },
-        "cost_tokens": _mean([e["cost_tokens"] for e in entries]),
-        "arms": entries,
-        "summary": summary,
-        "pairs": pairs,
-        "verdict": verdict(summary, pairs),
-        "sites": [site.name for site in session.space.sites],
-    }
-
-
-def _heldout(
-    session: Session,
-    windows: Tensor,
-    out: Path,
-    masks: Sequence[str],
-    entries: Sequence[Mapping[str, Any]],
-    on_heldout: OnHeldout | None,
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """KL and cross-entropy by sequence: by mask as cut, and by run where that is repaired."""
-    judge = session.judge(windows)
-    batches = len(judge.sequences)
-    repaired = [entry for entry in entries if entry["repair"] is not None]
-    total = batches * (1 + len(repaired))
-
-    def follow(done: int) -> OnHeldout | None:
-        if on_heldout is None:
-            return None
-        return lambda batch, _: on_heldout(done * batches + batch, total)
-
-    kl, ce = judge.figures([Mask.from_key(key) for key in masks], follow(0))
-    kl_of = dict(zip(masks, kl.tolist(), strict=True))
-    ce_of = dict(zip(masks, ce.tolist(), strict=True))
-    for done, entry in enumerate(repaired):
-        mask = Mask.from_key(entry["mask"])
-        patches = load_patches(
-            out / entry["run"] / REPAIR, session.anatomy, mask, entry["repair"]["sha256"]
-        )
-        with patched(session.loaded.model, session.anatomy, patches):
-            kl, ce = judge.figures([mask], follow(done + 1))
-        kl_of[entry["run"]], ce_of[entry["run"]] = kl[0].tolist(), ce[0].tolist()
-    return kl_of, ce_of
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
-
-
-def _stderr(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None

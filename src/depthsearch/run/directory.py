@@ -86,6 +86,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return data
 
 
+def sections(compare: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a compare.json says budget by budget, each with what they share.
+
+    With one budget the document is its only section.
+    """
+    parts = compare.get("budgets")
+    if parts is None:
+        return [dict(compare)]
+    return [{"dense": compare["dense"], "sites": compare["sites"], **part} for part in parts]
+
+
 def _write_synced(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)

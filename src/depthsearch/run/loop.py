@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from depthsearch.errors import ConfigError, NothingFoundError
 from depthsearch.evaluation import Backend, evaluate
 from depthsearch.run.ledger import Ledger
+from depthsearch.run.replaying import ask_size, searcher_rng
 from depthsearch.searchers import build_searcher, is_baseline
 from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Stage, Status
 
@@ -102,12 +101,11 @@ class SearchLoop:
         self._ledger.commit({"op": "start", **start})
         hints = self._hints()
         plan = self._plan
-        rng = np.random.default_rng([plan.seed, 1])
         options = dict(plan.options)
         if self._ledger.replaying and options.get("storage") is not None:
             # A replay rebuilds what the killed process left in the searcher's own storage.
             options["fresh"] = True
-        searcher = build_searcher(plan.method, self._space, hints, rng, options)
+        searcher = build_searcher(plan.method, self._space, hints, searcher_rng(plan.seed), options)
         reason, number = "finished", 0
         while (asked := searcher.ask(self._ask_size())).proposals:
             batch = self._affordable(asked)
@@ -145,11 +143,7 @@ class SearchLoop:
         return Hints.from_json(record)
 
     def _ask_size(self) -> int | None:
-        plan = self._plan
-        if plan.max_evaluations is None:
-            return plan.ask
-        left = max(1, plan.max_evaluations - len(self._known))
-        return left if plan.ask is None else min(left, plan.ask)
+        return ask_size(self._plan.ask, self._plan.max_evaluations, len(self._known))
 
     def _affordable(self, batch: Batch) -> Batch:
         """The batch cut to what the limits still allow, which may be nothing.

@@ -36,6 +36,7 @@ from depthsearch.model.repair import Patch
 from depthsearch.model.selfcheck import SelfCheck, self_check
 from depthsearch.model.streaming import StreamedModel
 from depthsearch.run.loop import Outcome, Plan
+from depthsearch.run.replaying import searcher_options
 from depthsearch.run.workers import (
     Workers,
     check_cluster,
@@ -50,9 +51,6 @@ from depthsearch.space import Budget, Mask, SearchSpace, Site, mask_from_names
 
 if TYPE_CHECKING:
     from depthsearch.evaluation.ray_metrics import Metrics
-
-
-_LONGEST_GAP = 6
 
 
 @dataclass(frozen=True)
@@ -265,13 +263,9 @@ class Session:
     def plan(self) -> Plan:
         """The search part of the configuration."""
         search = self.config.search
-        defaults: dict[str, Any] = {}
-        if search.method in ("evolution", "surrogate") and search.repair != "none":
-            # Repaired gaps nearly add up, so what they add up to is the best start there is.
-            defaults["longest_gap"] = _LONGEST_GAP
         return Plan(
             method=search.method,
-            options=defaults | search.options,
+            options=searcher_options(search),
             seed=search.seed,
             cost_tokens=search.cost_tokens,
             max_evaluations=search.max_evaluations,

@@ -4,11 +4,13 @@ Figures come as `[seeds, windows]`: one held-out loss for each search seed and t
 are the same for all seeds, so seeds and windows are resampled crosswise (the "pigeonhole
 bootstrap", Owen 2007): resampling windows anew inside each seed would treat shared text as fresh
 text, and print intervals that are too narrow. With few seeds the interval mostly shows the noise of
-the text.
+the text; with one seed it shows nothing else. Budgets are chosen, not drawn, so they are never
+resampled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,10 @@ import numpy.typing as npt
 from depthsearch.errors import DataError
 
 Losses = npt.ArrayLike
+Array = npt.NDArray[np.float64]
+
+_FEWEST_MASKS = 4
+"""Below this a rank correlation says nothing, whatever it is."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +55,10 @@ def bootstrap_interval(
     Raises DataError for an empty, non-finite or wrongly shaped array, or a level outside (0, 1).
     """
     table = _table(values)
-    if not 0 < level < 1:
-        raise DataError(f"a confidence level lies in (0, 1): got {level}")
-    if resamples < 1:
-        raise DataError(f"an interval needs at least 1 resample: got {resamples}")
-    seeds, windows = table.shape
-    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    by_window = rng.multinomial(windows, np.full(windows, 1 / windows), size=resamples) / windows
+    _check(level, resamples)
+    by_seed, by_window = (_shares(rng, count, resamples) for count in table.shape)
     means = ((by_seed @ table) * by_window).sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(table.mean()), float(low), float(high))
+    return _percentiles(float(table.mean()), means, level)
 
 
 def paired_difference(
@@ -87,7 +87,142 @@ def paired_difference(
     return bootstrap_interval(first - second, rng, level, resamples)
 
 
-def _table(values: Losses) -> npt.NDArray[np.float64]:
+@dataclass(frozen=True)
+class Standing:
+    """The mean rank of an arm, 1 for the best, and how probable it is that it is the best one."""
+
+    rank: Interval
+    best: float
+
+
+def standings(
+    budgets: Sequence[Losses],
+    rng: np.random.Generator,
+    level: float = 0.95,
+    resamples: int = 2000,
+) -> tuple[Standing, ...]:
+    """Where each arm stands, from one table `[arms, seeds, windows]` for each budget.
+
+    Arms are ranked by mean loss in each cell of budget and seed, equal ones sharing the mean of
+    their places, and ranks are averaged over cells (Friedman 1937). `best` is the share of
+    resamples, of each budget alike, in which the arm has the lowest mean over the resampled seeds
+    and windows; arms that share it share the count. A resample takes the same seeds and windows at
+    every budget. Raises DataError where the tables don't fit together.
+    """
+    tables = [np.asarray(budget, dtype=np.float64) for budget in budgets]
+    if not tables or tables[0].ndim != 3 or not tables[0].size:
+        raise DataError("standings need a table [arms, seeds, windows] for at least one budget")
+    if any(table.shape != tables[0].shape for table in tables):
+        raise DataError(
+            f"tables of shapes {sorted({table.shape for table in tables})} can't be ranked "
+            "together: every arm must be measured with the same seeds on the same windows"
+        )
+    if not all(np.isfinite(table).all() for table in tables):
+        raise DataError("losses hold a value that is not finite: leave failed arms out")
+    _check(level, resamples)
+    arms, seeds, windows = tables[0].shape
+    by_seed, by_window = (_shares(rng, count, resamples) for count in (seeds, windows))
+    places, firsts = np.zeros((resamples, arms)), np.zeros((resamples, arms))
+    means = np.zeros(arms)
+    for table in tables:
+        cells = np.einsum("asw,rw->ras", table, by_window)
+        ranks = midranks(cells.transpose(0, 2, 1))
+        places += np.einsum("rsa,rs->ra", ranks, by_seed) / len(tables)
+        whole = np.einsum("ras,rs->ra", cells, by_seed)
+        first = whole == whole.min(axis=1, keepdims=True)
+        firsts += first / first.sum(axis=1, keepdims=True) / len(tables)
+        means += midranks(table.mean(axis=2).T).mean(axis=0) / len(tables)
+    return tuple(
+        Standing(_percentiles(float(means[arm]), places[:, arm], level), float(best))
+        for arm, best in enumerate(firsts.mean(axis=0))
+    )
+
+
+def midranks(values: npt.ArrayLike) -> Array:
+    """Ranks along the last axis, 1 for the lowest; equal values share the mean of their places."""
+    table = np.asarray(values, dtype=np.float64)
+    one, other = table[..., :, None], table[..., None, :]
+    ranks: Array = 0.5 + (other < one).sum(axis=-1) + 0.5 * (other == one).sum(axis=-1)
+    return ranks
+
+
+def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float | None:
+    """The correlation of the mid-ranks of two lists (Spearman 1904); None where one is constant."""
+    a, b = (midranks(values) for values in (first, second))
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / scale if scale else None
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A Spearman correlation with its interval, over so many masks."""
+
+    interval: Interval
+    masks: int
+
+
+def rank_correlation(
+    groups: Sequence[tuple[npt.ArrayLike, Losses]],
+    rng: np.random.Generator,
+    level: float = 0.95,
+    resamples: int = 1000,
+) -> Correlation | None:
+    """Spearman of calibration loss and held-out loss, averaged over groups of masks.
+
+    A group holds the masks that were judged on one calibration text: their losses `[masks]` there,
+    and `[masks, windows]` on held-out text. Texts differ in difficulty, so losses are ranked inside
+    their group only; groups count by their masks. Masks are resampled inside groups, windows across
+    all of them. None for fewer than 4 masks in all groups of 3 or more, or without any order.
+    """
+    known = [(np.asarray(a, dtype=np.float64), _table(b)) for a, b in groups if len(np.shape(b))]
+    known = [(a, b) for a, b in known if len(a) >= _FEWEST_MASKS - 1]
+    count = sum(len(a) for a, _ in known)
+    if count < _FEWEST_MASKS:
+        return None
+    _check(level, resamples)
+    value = _averaged([(len(a), spearman(a, b.mean(axis=1))) for a, b in known])
+    if value is None:
+        return None
+    windows = known[0][1].shape[1]
+    by_window = _shares(rng, windows, resamples)
+    drawn = []
+    for share in by_window:
+        parts = []
+        for a, b in known:
+            rows = rng.integers(len(a), size=len(a))
+            parts.append((len(a), spearman(a[rows], (b @ share)[rows])))
+        found = _averaged(parts)
+        if found is not None:
+            drawn.append(found)
+    return Correlation(_percentiles(value, np.array(drawn or [value]), level), count)
+
+
+def _averaged(parts: Sequence[tuple[int, float | None]]) -> float | None:
+    """The mean of what is known, weighted."""
+    known = [(weight, value) for weight, value in parts if value is not None]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * value for weight, value in known) / total if known else None
+
+
+def _shares(rng: np.random.Generator, count: int, resamples: int) -> Array:
+    """[resamples, count]: the share of each of `count` things when as many are drawn again."""
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+
+
+def _percentiles(value: float, drawn: Array, level: float) -> Interval:
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def _check(level: float, resamples: int) -> None:
+    if not 0 < level < 1:
+        raise DataError(f"a confidence level lies in (0, 1): got {level}")
+    if resamples < 1:
+        raise DataError(f"an interval needs at least 1 resample: got {resamples}")
+
+
+def _table(values: Losses) -> Array:
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or not table.size:
         raise DataError(f"expected losses as [seeds, windows]: got an array of shape {table.shape}")

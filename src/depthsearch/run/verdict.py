@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 ONE_PASS = (
@@ -16,31 +17,189 @@ ONE_PASS = (
 )
 """Methods that rank, slide or add up instead of searching."""
 
+SLIGHT = 0.05
+"""The share of the lowest held-out KL below which a possible gain is not worth a search."""
 
-def verdict(summary: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
-    """One to three sentences: which arm is lowest, what it beats, and whether search paid."""
+ONE_SEED = "With one seed the intervals hold the noise of the held-out text alone."
+"""What is said of intervals that no second seed widens."""
+
+HALF = 0.5
+"""A lead that is sure to keep less than this share on held-out text was mostly luck or overfit."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether search paid at one budget.
+
+    `kind` is "pays" where the best search is better than every one-pass arm, "enough" where the
+    interval rules out a gain over one of them that matters (`SLIGHT`), "open" where it does not,
+    and "no rival" where searches or one-pass arms are missing. `difference` is that of the best
+    one-pass arm minus the best search in nats, with its interval where it is known.
+    """
+
+    kind: str
+    search: str | None = None
+    simple: str | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def outcome(summary: Rows, pairs: Rows) -> Outcome:
+    """What the best search gains over the best one-pass arm."""
+    ranked = sorted(summary, key=lambda row: float(row["heldout_kl_mean"]))
+    simple = [row for row in ranked if row["method"] in ONE_PASS]
+    searches = [row for row in ranked if row["method"] not in ONE_PASS]
+    if not simple or not searches:
+        return Outcome("no rival")
+    search, best = str(searches[0]["arm"]), str(simple[0]["arm"])
+    equal = [str(row["arm"]) for row in simple if not _worse(str(row["arm"]), search, pairs)]
+    if not equal:
+        return Outcome("pays", search, best, *_gain(best, search, pairs))
+    gain = _gain(equal[0], search, pairs)
+    wide = gain[2] is not None and gain[2] > SLIGHT * float(ranked[0]["heldout_kl_mean"])
+    return Outcome("open" if wide else "enough", search, equal[0], *gain)
+
+
+def verdict(summary: Rows, pairs: Rows, warnings: Sequence[str] = ()) -> str:
+    """Which arm is lowest, what it beats, whether search paid and by how much, and warnings."""
     ranked = sorted(summary, key=lambda row: float(row["heldout_kl_mean"]))
     best = ranked[0]
-    text = (
+    said = [
         f"{best['arm']} has the lowest held-out KL, {best['heldout_kl_mean']:.4f} "
         f"[{best['heldout_kl_low']:.4f}, {best['heldout_kl_high']:.4f}]."
-    )
-    if len(ranked) == 1:
-        return text
-    others = [str(row["arm"]) for row in ranked[1:]]
-    beaten = [arm for arm in others if _worse(arm, str(best["arm"]), pairs)]
-    tied = [arm for arm in others if arm not in beaten]
-    if beaten:
-        text += f" It is better than {_listed(beaten)} (95 % interval excludes zero)."
-    if tied:
-        text += f" No difference to {_listed(tied)} is shown."
-    simple = [row for row in ranked if row["method"] in ONE_PASS]
-    if best["method"] in ONE_PASS or any(row["arm"] in tied for row in simple):
-        text += " Search did not help over one-pass methods here."
-    return text
+    ]
+    if len(ranked) > 1:
+        others = [str(row["arm"]) for row in ranked[1:]]
+        beaten = [arm for arm in others if _worse(arm, str(best["arm"]), pairs)]
+        tied = [arm for arm in others if arm not in beaten]
+        if beaten:
+            said.append(f"It is better than {_listed(beaten)} (95 % interval excludes zero).")
+        if tied:
+            said.append(f"No difference to {_listed(tied)} is shown.")
+        said += _helped(outcome(summary, pairs), float(best["heldout_kl_mean"]))
+    return " ".join([*said, *warnings])
 
 
-def _worse(arm: str, than: str, pairs: Sequence[Mapping[str, Any]]) -> bool:
+def _helped(found: Outcome, lowest: float) -> list[str]:
+    """Whether search helped, by how much, and what is enough instead."""
+    if found.kind == "no rival":
+        return []
+    gain = None
+    if found.difference is not None and found.low is not None and found.high is not None:
+        gain = f"{found.difference:.4f} nats [{found.low:.4f}, {found.high:.4f}]"
+    if found.kind == "pays":
+        if gain is None or found.difference is None:
+            return []
+        part = 100 * found.difference / (lowest + found.difference)
+        return [
+            f"Search helped: {found.search} is {gain} or {part:.0f} % below {found.simple}, the "
+            "best method without a search."
+        ]
+    if found.kind == "open":
+        assert found.high is not None
+        return [
+            f"Whether search helps over {found.simple}, a method without a search, is not decided: "
+            f"the interval leaves room for a gain of {found.high:.4f} nats "
+            f"({100 * found.high / lowest:.0f} %); more seeds or held-out text would tell."
+        ]
+    said = []
+    if found.high is not None:
+        room = f"{found.search} is worse"
+        if found.high > 0:
+            room = f"a gain of more than {found.high:.4f} nats by {found.search} is ruled out"
+        elif found.low == found.high == 0:
+            room = f"{found.search} came to the same"
+        said.append(f"{found.simple} is enough here: {room}.")
+    return [*said, "Search did not help over one-pass methods here."]
+
+
+def overall(sections: Rows, ranks: Rows) -> str:
+    """At which budgets search pays, at which a one-pass method is enough, and who ranks first."""
+    groups: dict[str, list[str]] = {}
+    for section in sections:
+        found = outcome(section["summary"], section["pairs"])
+        text = str(section["budget_text"])
+        if found.kind == "pays" and found.difference is not None:
+            text += f" ({found.search}, {found.difference:.4f} nats below {found.simple})"
+        elif found.kind in ("enough", "open"):
+            text += f" ({found.simple})"
+        groups.setdefault(found.kind, []).append(text)
+    words = {
+        "pays": "Search pays at",
+        "enough": "A method without a search is enough at",
+        "open": "The intervals can't tell whether search helps over a method without one at",
+        "no rival": "No search and one-pass method are there to compare at",
+    }
+    said = [f"{words[kind]} {'; '.join(groups[kind])}." for kind in words if kind in groups]
+    if len(ranks) > 1:
+        first = ranks[0]
+        said.append(
+            f"{first['arm']} has the best mean rank over budgets and seeds, "
+            f"{first['rank_mean']:.2f} [{first['rank_low']:.2f}, {first['rank_high']:.2f}] of "
+            f"{len(ranks)}, and is the best arm with probability {first['best_probability']:.2f}."
+        )
+    return " ".join(said)
+
+
+def warnings_of(
+    groups: Sequence[Rows], pairs: Rows, courses: Rows, correlation: Mapping[str, Any] | None
+) -> list[str]:
+    """Where figures look too good: leads that shrink, curves that turn, losses that don't carry.
+
+    `groups` holds the rows of arms whose search losses can be compared with each other and with
+    their held-out losses. A lead is what an arm is ahead of the best one-pass arm on search data.
+    """
+    said = [text for rows in groups for text in _shrunk(rows, pairs)]
+    for course in courses:
+        turned = course["worsened"]
+        if turned is not None:
+            said.append(
+                f"{course['arm']} was better on held-out text after {turned['cost_tokens']:,.0f} "
+                f"tokens than at its end, by {turned['difference']:.4f} nats: searching on made "
+                "it worse."
+            )
+    if correlation is not None and correlation["low"] <= 0:
+        said.append(
+            "Which mask has the lower search loss says little about which has the lower held-out "
+            f"loss: their rank correlation is {correlation['spearman']:.2f} "
+            f"[{correlation['low']:.2f}, {correlation['high']:.2f}] over "
+            f"{correlation['masks']} masks. Try a larger calibration.select_tokens."
+        )
+    return said
+
+
+def _shrunk(rows: Rows, pairs: Rows) -> Iterator[str]:
+    simple = [row for row in rows if row["method"] in ONE_PASS]
+    best = min(simple, key=lambda row: float(row["heldout_kl_mean"]), default=None)
+    for row in rows:
+        if best is None or row["method"] in ONE_PASS or row["gap_mean"] is None:
+            continue
+        lead = float(best["select_loss_mean"]) - float(row["select_loss_mean"])
+        kept, _, high = _gain(str(best["arm"]), str(row["arm"]), pairs)
+        if lead > 0 and kept is not None and high is not None and high < HALF * lead:
+            yield (
+                f"{row['arm']} overfits its search text: its lead of {lead:.4f} nats on "
+                f"{best['arm']} there is {kept:.4f} on held-out text."
+            )
+
+
+def _gain(over: str, by: str, pairs: Rows) -> tuple[float, float, float] | tuple[None, None, None]:
+    """The loss of `over` minus that of `by` with its interval; None where it is not known."""
+    for pair in pairs:
+        if "difference" not in pair:
+            continue
+        middle, low, high = (float(pair[key]) for key in ("difference", "low", "high"))
+        if (pair["a"], pair["b"]) == (over, by):
+            return middle, low, high
+        if (pair["a"], pair["b"]) == (by, over):
+            return -middle, -high, -low
+    return None, None, None
+
+
+def _worse(arm: str, than: str, pairs: Rows) -> bool:
     return any(
         {pair["a"], pair["b"]} == {arm, than} and pair["verdict"] == f"{than} is better"
         for pair in pairs

@@ -17,6 +17,7 @@ from typing import Any
 from depthsearch.config import load_config
 from depthsearch.errors import ConfigError, RunDirectoryError
 from depthsearch.journal import Record, read_journal
+from depthsearch.run.arms import arm_runs
 from depthsearch.run.course import Course, Step
 from depthsearch.run.directory import ARMS, BEST, COMPARE, CONFIG, JOURNAL, WORKERS
 
@@ -306,7 +307,7 @@ def _arms(config: Path) -> list[str] | None:
         return None
     if compare is None:
         return None
-    return [f"{arm}-seed{seed}" for seed in compare.seeds for arm in compare.arms]
+    return [run.name for run in arm_runs(compare)]
 
 
 def _workers(path: Path) -> Workers | None:
