@@ -89,6 +89,7 @@ def config_from_mapping(
         _expand_space(data, folder, origin, origins)
     _place_paths(data, folder)
     _complete_arms(data, source)
+    _complete_front(data)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -200,6 +201,18 @@ def _complete_arms(data: dict[str, Any], source: str) -> None:
         arms[name] = {**base, **arm, "options": options}
 
 
+def _complete_front(data: dict[str, Any]) -> None:
+    """Give the budgets of the front what they don't say themselves of what ratios refer to."""
+    space, front = data.get("space"), data.get("front")
+    own = space.get("budget") if isinstance(space, dict) else None
+    if not isinstance(own, dict) or not isinstance(front, dict):
+        return
+    budgets = front.get("budgets")
+    if isinstance(budgets, list):
+        given = {key: own[key] for key in ("of", "context_tokens") if key in own}
+        front["budgets"] = [{**given, **b} if isinstance(b, dict) else b for b in budgets]
+
+
 def _explain(error: ValidationError, source: str, origins: Mapping[tuple[str, ...], str]) -> str:
     """One line for the first error; unknown keys come first, since they cause others."""
     unknown = ("extra_forbidden", "invalid_key")
@@ -256,6 +269,9 @@ def _model_at(keys: tuple[str, ...]) -> type[BaseModel] | None:
         return SearchConfig if len(keys) > _ARM else None
     model: type[BaseModel] = RunConfig
     for key in keys:
+        if key.isdigit():
+            # A place in a list of sections, which the model is that of already.
+            continue
         field = model.model_fields.get(key)
         if field is None:
             return None

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from depthsearch import __version__
 from depthsearch.errors import StorageError
-from depthsearch.report import comparison, figures, tables, wording
+from depthsearch.report import comparison, figures, front, tables, wording
 from depthsearch.report.data import RunData, read_run
 from depthsearch.space import Mask
 
@@ -42,6 +42,9 @@ def run_report(run_dir: Path) -> str:
         overfit=figures.overfit_picture(run.overfit) if run.overfit else None,
         overfit_verdict=str((run.overfit or {}).get("verdict", "")),
         elite=len(run.elite()),
+        trade=front.front_picture(run) if run.front else None,
+        front_masks=front.front_masks(run),
+        front_table=front.front_table(run) if run.front else None,
         best=tables.best_mask(run),
         top=tables.top_masks(run),
         search=tables.search_summary(run),
