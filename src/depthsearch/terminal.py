@@ -117,11 +117,13 @@ def best_table(best: Mapping[str, Any]) -> Table:
 def front_table(front: Mapping[str, Any]) -> Table:
     """The answer at each budget, in the order and with the numbers of front.json."""
     table = Table(title="Best mask at each budget")
-    for title in ("point", "budget", "cost", "loss on fresh data", "ahead of baseline by"):
-        table.add_column(title, justify="left" if title == "budget" else "right")
+    table.add_column("point", no_wrap=True)
+    table.add_column("budget")
+    for title in ("cost", "fresh loss", "ahead of baseline"):
+        table.add_column(title, justify="right", no_wrap=title == "cost")
     table.add_column("dropped")
     for point in front["points"]:
-        name = f"{point['point']}{' (own)' if point['own'] else ''}"
+        name = f"{point['point']}{', own' if point['own'] else ''}"
         if point["mask"] is None:
             table.add_row(name, point["budget_text"], "", "none found", "", "")
             continue
