@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from depthsearch import __version__
-from depthsearch.errors import DepthsearchError, StorageError
+from depthsearch.errors import DepthsearchError, InputError, StorageError
 from depthsearch.sources import is_disk_full, quiet
 
 _INTERRUPTED = 130
@@ -121,21 +121,45 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
     measure: Annotated[bool, typer.Option(help="Measure it beside the dense model.")] = True,
     repeats: Repeats = 5,
+    point: Annotated[
+        int | None, typer.Option(min=1, help="Point of a run over several budgets, by its number.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="The same by its budget, such as keep_params=0.8.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the best mask of a run as a smaller checkpoint, proven equal to the masked model."""
     from depthsearch.run.figures import export_run
     from depthsearch.terminal import figures_table, stage_bar
 
+    if point is not None and budget is not None:
+        raise InputError("--point and --budget name the same thing: give one of them")
     with stage_bar() as bar:
         result, summary = export_run(
-            run, out, overwrite=overwrite, measure=measure, repeats=repeats, on_stage=bar
+            run,
+            out,
+            overwrite=overwrite,
+            measure=measure,
+            repeats=repeats,
+            on_stage=bar,
+            point=point,
+            budget=budget,
         )
     lines: list[Any] = [figures_table(summary["rows"])] if measure else []
     if result.verification is not None:
         lines.append(f"Equal to the masked model: {result.verification.text}")
     lines.append(f"{result.parameters:,} parameters, {len(result.plan.pairs)} blocks in {out}")
     _show(summary, as_json, lambda _: lines)
+
+
+@app.command()
+def front(run: Run, as_json: Json = False) -> None:
+    """List the points of a run over several budgets: the best mask at each, by number."""
+    from depthsearch.run.front import read_front
+    from depthsearch.terminal import front_table
+
+    _show(read_front(run), as_json, lambda data: [front_table(data)])
 
 
 @app.command()
@@ -391,10 +415,12 @@ def _say(text: str, quiet_please: bool = False) -> None:
 
 
 def _finished(run: Path) -> None:
-    from depthsearch.run.directory import BEST, REPORT, read_json
-    from depthsearch.terminal import best_table, results
+    from depthsearch.run.directory import BEST, FRONT, REPORT, read_json
+    from depthsearch.terminal import best_table, front_table, results
 
     results.print(best_table(read_json(run / BEST, "the run has not finished")))
+    if (run / FRONT).is_file():
+        results.print(front_table(read_json(run / FRONT, "the run has not finished")))
     results.print(f"Report: {run / REPORT}")
 
 

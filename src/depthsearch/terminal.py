@@ -117,6 +117,33 @@ def best_table(best: Mapping[str, Any]) -> Table:
     return table
 
 
+def front_table(front: Mapping[str, Any]) -> Table:
+    """The answer at each budget, in the order and with the numbers of front.json."""
+    table = Table(title="Best mask at each budget")
+    table.add_column("point", no_wrap=True)
+    table.add_column("budget")
+    for title in ("cost", "fresh loss", "ahead of baseline"):
+        table.add_column(title, justify="right", no_wrap=title == "cost")
+    table.add_column("dropped")
+    for point in front["points"]:
+        name = f"{point['point']}{', own' if point['own'] else ''}"
+        if point["mask"] is None:
+            table.add_row(name, point["budget_text"], "", "none found", "", "")
+            continue
+        lead = plus_minus(point["lead"], point["lead_stderr"])
+        if point["baseline"] in (None, point["mask"]):
+            lead = "is one" if point["baseline"] else ""
+        table.add_row(
+            name,
+            point["budget_text"],
+            f"{100 * point['cost'] / point['dense_cost']:.1f} %",
+            plus_minus(point["finals_loss"], point["finals_stderr"]),
+            lead,
+            dropped_text(point),
+        )
+    return table
+
+
 def compare_table(result: Mapping[str, Any]) -> Table:
     """The arms of a comparison with their intervals, best first."""
     table = Table(title=f"Held-out figures, {result['budget_text']}")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -234,3 +235,41 @@ def test_every_key_of_the_schema_explains_itself() -> None:
     for name, section in {**schema["$defs"], "RunConfig": schema}.items():
         for key, field in section["properties"].items():
             assert field.get("description"), f"{name}.{key}"
+
+
+FRONT: dict[str, Any] = {
+    "model": {"path": "m"},
+    "space": {"budget": {"keep_params": 0.75, "of": "blocks", "context_tokens": 512}},
+    "calibration": {"text": "t"},
+    "search": {"method": "front"},
+}
+
+
+def test_budgets_of_a_front_take_over_what_ratios_refer_to() -> None:
+    budgets = [{"keep_params": 0.9}, {"keep_kv_bytes": 0.5, "of": "model"}, {"keep_bytes": "9MB"}]
+    config = config_from_mapping({**FRONT, "front": {"budgets": budgets}})
+    assert config.front is not None
+    assert [budget.of for budget in config.front.budgets] == ["blocks", "model", "blocks"]
+    assert {budget.context_tokens for budget in config.front.budgets} == {512}
+    again = config_from_mapping(yaml.safe_load(resolved_yaml(config)))
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search": {"method": "evolution"}}, "search.method is 'evolution', which serves one"),
+        ({"compare": {"arms": {"a": {}}}}, "leave out front or compare"),
+        ({"front": {"budgets": []}}, "at least 1 item"),
+        ({"front": {"budgets": [{"keep_parms": 0.9}]}}, "did you mean 'keep_params'"),
+        ({"front": {"budgets": [{"keep_params": 9}]}}, "front.budgets.0.keep_params is 9"),
+        ({"front": {"budgets": [0.9]}}, "front.budgets.0 is 0.9; must be a mapping"),
+        ({"front": {"budgets": [{"drop_sites": 2, "context_tokens": 9}]}}, "must be that of"),
+        ({"front": {"budgets": [{"keep_params": 0.9, "drop_sites": 2}]}}, "exactly one of"),
+    ],
+)
+def test_a_front_that_can_not_be_is_one_line(changes: dict[str, Any], message: str) -> None:
+    front = {"budgets": [{"keep_params": 0.9}]}
+    with pytest.raises(ConfigError, match=message) as caught:
+        config_from_mapping({**FRONT, "front": front, **changes})
+    assert "\n" not in str(caught.value)

@@ -40,6 +40,7 @@ ARMS: list[Arm] = [
     ("evolution", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     ("evolution", {"longest_gap": 6}),
     ("evopress", {"offspring": 5, "initial": 3, "screen": 0.5, "generations": 4}),
+    ("front", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     ("mcts", {"sweep": False, "baselines": False, "batch": 5}),
     ("mcts", {"exploration": 0.0, "widening": 0.0, "batch": 1}),
     ("mcts", {"widening": 1.0}),
@@ -52,7 +53,7 @@ ARMS: list[Arm] = [
 EXHAUSTING: list[Arm] = [
     arm
     for arm in ARMS
-    if arm[0] in ("random", "evolution", "surrogate", "mcts", "exhaustive", "optuna")
+    if arm[0] in ("random", "evolution", "front", "surrogate", "mcts", "exhaustive", "optuna")
 ]
 LIMIT = 70
 

@@ -89,6 +89,7 @@ def config_from_mapping(
         _expand_space(data, folder, origin, origins)
     _place_paths(data, folder)
     _complete_arms(data, source)
+    _complete_front(data)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -198,6 +199,18 @@ def _complete_arms(data: dict[str, Any], source: str) -> None:
         if arm.get("method", method) == method and isinstance(options, dict):
             options = {**(base.get("options") or {}), **options}
         arms[name] = {**base, **arm, "options": options}
+
+
+def _complete_front(data: dict[str, Any]) -> None:
+    """Give the budgets of the front what they don't say themselves of what ratios refer to."""
+    space, front = data.get("space"), data.get("front")
+    own = space.get("budget") if isinstance(space, dict) else None
+    if not isinstance(own, dict) or not isinstance(front, dict):
+        return
+    budgets = front.get("budgets")
+    if isinstance(budgets, list):
+        given = {key: own[key] for key in ("of", "context_tokens") if key in own}
+        front["budgets"] = [{**given, **b} if isinstance(b, dict) else b for b in budgets]
 
 
 def _explain(error: ValidationError, source: str, origins: Mapping[tuple[str, ...], str]) -> str:

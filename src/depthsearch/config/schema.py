@@ -380,6 +380,14 @@ class ClusterConfig(_Section):
         return gpus
 
 
+class FrontConfig(_Section):
+    """Further budgets that one search serves besides `space.budget`; for `search.method: front`."""
+
+    budgets: Annotated[tuple[BudgetConfig, ...], Field(min_length=1), BeforeValidator(_frozen)]
+    """budgets such as {keep_params: 0.9}, of any metrics; what they leave out of `of` and
+    `context_tokens` is that of space.budget"""
+
+
 class TrackingConfig(_Section):
     """An experiment tracker that shows the course of the search; results don't depend on it."""
 
@@ -409,8 +417,28 @@ class RunConfig(_Section):
     """the searcher and its budget"""
     compare: CompareConfig | None = None
     """for `depthsearch compare`"""
+    front: FrontConfig | None = None
+    """for several budgets at once, such as {budgets: [{keep_params: 0.9}, {keep_params: 0.8}]}"""
     tracking: TrackingConfig = TrackingConfig()
     """an experiment tracker, such as {kind: tensorboard}"""
+
+    @field_validator("front", mode="after")
+    @classmethod
+    def _check_front(cls, front: FrontConfig | None, info: ValidationInfo) -> FrontConfig | None:
+        space, search = info.data.get("space"), info.data.get("search")
+        if front is None or space is None or search is None:
+            return front
+        if search.method != "front":
+            raise ValueError(
+                f"search.method is {search.method!r}, which serves one budget: set it to 'front', "
+                "or leave this section out"
+            )
+        if info.data.get("compare") is not None:
+            raise ValueError("a comparison is made at one budget: leave out front or compare")
+        context = space.budget.context_tokens
+        if any(budget.context_tokens != context for budget in front.budgets):
+            raise ValueError(f"context_tokens must be that of space.budget, {context}")
+        return front
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON, defaults included."""

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,26 @@ class Point:
 
 
 @dataclass(frozen=True)
+class FrontEntry:
+    """One budget of several with its answer, or the best so far; `number` is that of front.json.
+
+    `fresh` and `baseline` are evaluations on fresh data, None before the finals and where nothing
+    meets the budget yet.
+    """
+
+    number: int
+    space: SearchSpace
+    best: Point | None
+    fresh: Evaluation | None = None
+    baseline: Evaluation | None = None
+
+
+@dataclass(frozen=True)
 class RunData:
-    """Everything that the report of one run shows; `end_reason` is None while it is unfinished."""
+    """Everything that the report of one run shows; `end_reason` is None while it is unfinished.
+
+    In a run over several budgets `front` has an entry for each, and all else is about its own.
+    """
 
     name: str
     version: str
@@ -75,6 +93,7 @@ class RunData:
     seconds: float
     export: Mapping[str, Any] | None
     overfit: Mapping[str, Any] | None
+    front: tuple[FrontEntry, ...] = ()
 
     @cached_property
     def objective(self) -> str:
@@ -204,16 +223,24 @@ def _assemble(
     times = [float(r["time"]) for r in records if "time" in r]
     answer = _read_json(run_dir / "best.json", f"`depthsearch resume {run_dir}` writes it again")
     best = (end or {}).get("best") or finals.get("best") or (answer or {}).get("mask")
+    space = SearchSpace.from_json(start["space"])
+    points = tuple(_points(records))
+    fresh = tuple(Evaluation.from_json(e) for e in finals.get("evaluations", ()))
+    front = tuple(_front(space, points, fresh, finals.get("front"))) if space.front else ()
+    if front:
+        points = tuple(replace(p, final=p.final and space.fits(p.mask)) for p in points)
+        fresh = tuple(e for e in fresh if space.fits(e.mask))
+    baselines = (Mask.from_key(key) for key in finals.get("baselines", ()))
     return RunData(
         name=run_dir.resolve().name,
         version=str(start.get("version", "unknown")),
         config=config,
         config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
         signature=start.get("signature") or {},
-        space=SearchSpace.from_json(start["space"]),
-        points=tuple(_points(records)),
-        finals=tuple(Evaluation.from_json(e) for e in finals.get("evaluations", ())),
-        baselines=frozenset(Mask.from_key(key) for key in finals.get("baselines", ())),
+        space=space,
+        points=points,
+        finals=fresh,
+        baselines=frozenset(baselines),
         chosen=Mask.from_key(best) if best else None,
         end_reason=str(end["reason"]) if end else None,
         cost_tokens=max(
@@ -222,7 +249,32 @@ def _assemble(
         seconds=max(times) - min(times) if times else 0.0,
         export=_read_json(run_dir / "export.json", "export the run again"),
         overfit=_read_json(run_dir / "overfit.json", f"`depthsearch overfit {run_dir}` again"),
+        front=front,
     )
+
+
+def _front(
+    space: SearchSpace,
+    points: Sequence[Point],
+    fresh: Sequence[Evaluation],
+    choices: Sequence[Mapping[str, Any]] | None,
+) -> Iterable[FrontEntry]:
+    """The answer at each budget by the finals, or, before them, the best mask so far."""
+    ranked = sorted((p for p in points if p.complete), key=lambda p: p.evaluation.order)
+    judged = {evaluation.mask.key: evaluation for evaluation in fresh}
+    for place, point in enumerate(space.points):
+        fitting = [p for p in ranked if point.fits(p.mask)]
+        if choices is None:
+            yield FrontEntry(place + 1, point, fitting[0] if fitting else None)
+            continue
+        key = choices[place]["best"]
+        yield FrontEntry(
+            place + 1,
+            point,
+            next((p for p in fitting if p.mask.key == key), None),
+            judged.get(key),
+            judged.get(choices[place]["baseline"]),
+        )
 
 
 def family(origin: str) -> str:

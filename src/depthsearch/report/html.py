@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from depthsearch import __version__
 from depthsearch.errors import DepthsearchError, StorageError
 from depthsearch.journal import read_journal
-from depthsearch.report import calibration, comparison, figures, standing, tables, wording
+from depthsearch.report import calibration, comparison, figures, front, standing, tables, wording
 from depthsearch.report.data import RunData, read_run
 from depthsearch.report.drawing import Picture
 from depthsearch.report.tree import tree_picture
@@ -50,6 +50,9 @@ def run_report(run_dir: Path) -> str:
         elite=len(run.elite()),
         tree=_tree(run_dir, run),
         lineage=tables.lineage(run),
+        trade=front.front_picture(run) if run.front else None,
+        front_masks=front.front_masks(run),
+        front_table=front.front_table(run) if run.front else None,
         best=tables.best_mask(run),
         top=tables.top_masks(run),
         search=tables.search_summary(run),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from depthsearch.space.evaluation import Status
+from depthsearch.space import Mask, SearchSpace, Status
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Step:
 class Course:
     """The course of a search as far as `feed` has seen its records.
 
-    `best_loss` is the lowest loss in nats of a complete evaluation that meets the budget,
+    `best_loss` is the lowest loss in nats of a complete evaluation that meets the budget; with
+    several budgets, the run's own one, and `front_losses` has the lowest at each, by its text.
     `mean_loss` the mean over the last ask's masks that have one. `statuses` counts evaluated masks
     by how their evaluation ended. `first_time` and `last_time` are Unix seconds.
     """
@@ -43,6 +44,8 @@ class Course:
     best_mask: str | None = None
     reason: str | None = None
     steps: list[Step] = field(default_factory=list)
+    front_losses: dict[str, float | None] = field(default_factory=dict)
+    _space: SearchSpace | None = field(default=None, repr=False)
     _ends: dict[str, str] = field(default_factory=dict, repr=False)
     _final: frozenset[str] = field(default=frozenset(), repr=False)
 
@@ -63,6 +66,9 @@ class Course:
         self.op = str(record["op"])
         if self.op == "start":
             self.settings = record.get("config", {})
+            if record.get("space", {}).get("front"):
+                self._space = SearchSpace.from_json(record["space"])
+                self.front_losses = {p.budget.text: None for p in self._space.points}
         elif self.op == "ask":
             self._final = frozenset(p["mask"] for p in record["proposals"] if p["final"])
         elif self.op == "tell":
@@ -88,11 +94,20 @@ class Course:
                 continue
             losses.append(float(loss))
             if evaluation["status"] == Status.OK and mask in self._final:
-                lowest = loss if self.best_loss is None else min(self.best_loss, loss)
-                self.best_loss = float(lowest)
+                self._meet(mask, float(loss))
         self.asks += 1
         self.mean_loss = sum(losses) / len(losses) if losses else None
         seconds = time - (time if self.last_time is None else self.last_time)
         self.steps.append(
             Step(max(0.0, seconds), self.evaluations - before, cost - self.cost_tokens)
         )
+
+    def _meet(self, key: str, loss: float) -> None:
+        """Take in the loss of a complete mask that is on budget."""
+        space = self._space
+        for point in () if space is None else space.points:
+            if point.fits(Mask.from_key(key)):
+                known = self.front_losses[point.budget.text]
+                self.front_losses[point.budget.text] = loss if known is None else min(known, loss)
+        if space is None or space.fits(Mask.from_key(key)):
+            self.best_loss = loss if self.best_loss is None else min(self.best_loss, loss)

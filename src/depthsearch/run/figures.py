@@ -27,6 +27,7 @@ from depthsearch.quality import (
     perplexity,
 )
 from depthsearch.run.directory import BEST, REPAIR, read_json, write_json
+from depthsearch.run.front import find_point
 from depthsearch.run.search import run_config, shareable_config
 from depthsearch.run.session import Session
 from depthsearch.space import Budget, Mask
@@ -48,13 +49,24 @@ def export_run(
     measure: bool = True,
     repeats: int = 5,
     on_stage: OnStage | None = None,
+    point: int | None = None,
+    budget: str | None = None,
 ) -> tuple[ExportResult, dict[str, Any]]:
     """Export the best mask of a finished run to `out`, with held-out figures beside the dense.
 
-    The figures also go to export.json in the run directory, for its report. Raises
-    RunDirectoryError for an unfinished run, ExportError, StorageError.
+    Of a run over several budgets, that at its own budget, or at the `point` of front.json with
+    that number or at that `budget` ("keep_params=0.8"). The figures also go to export.json in the
+    run directory, for its report, those of other points to export-NUMBER.json. Raises
+    RunDirectoryError for an unfinished run or a point it doesn't have, ConfigError, ExportError,
+    StorageError.
     """
     config, best = finished_run(run)
+    summary_name, option = EXPORT, ""
+    if point is not None or budget is not None:
+        answer = find_point(run, point, budget)
+        best |= answer
+        option = f" --point {answer['point']}"
+        summary_name = EXPORT if answer["own"] else f"export-{answer['point']}.json"
     # Writing a checkpoint takes the whole model anyway, in the memory of this machine.
     model = config.model.model_copy(update={"streamed": False})
     session = Session.open(config.model_copy(update={"model": model}))
@@ -64,7 +76,9 @@ def export_run(
     repair = best.get("repair")
     patches: tuple[Patch, ...] = ()
     if repair is not None:
-        patches = load_patches(run / REPAIR, session.anatomy, mask, repair["sha256"])
+        patches = load_patches(
+            run / repair.get("file", REPAIR), session.anatomy, mask, repair["sha256"]
+        )
     rows: list[dict[str, Any]] = []
 
     def figures(directory: Path) -> tuple[Figure, ...]:
@@ -91,7 +105,7 @@ def export_run(
         signature=best["signature"],
         repair=repair,
         calibration=session.documents_name,
-        command="depthsearch search config.yaml --out run && depthsearch export run model",
+        command=f"depthsearch search config.yaml --out run && depthsearch export run model{option}",
         config=yaml.safe_dump(shareable_config(session), sort_keys=False, allow_unicode=True),
     )
     result = export(
@@ -120,7 +134,7 @@ def export_run(
         "repair": repair,
         "rows": rows,
     }
-    write_json(run / EXPORT, summary)
+    write_json(run / summary_name, summary)
     return result, summary
 
 

@@ -15,9 +15,20 @@ from typing import Any
 from depthsearch.errors import ConfigError, NothingFoundError
 from depthsearch.evaluation import Backend, evaluate
 from depthsearch.run.ledger import Ledger
+from depthsearch.run.points import Contest, Finalists, FrontPoint
 from depthsearch.run.replaying import ask_size, searcher_rng
-from depthsearch.searchers import build_searcher, is_baseline
-from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Stage, Status
+from depthsearch.searchers import build_searcher
+from depthsearch.space import (
+    Batch,
+    Evaluation,
+    Hints,
+    Mask,
+    Proposal,
+    SearchSpace,
+    Stage,
+    Status,
+    front_of,
+)
 
 _MOST_FAILURES = 100
 """Failed evaluations in a row after which a search gives up."""
@@ -56,7 +67,11 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The chosen mask with its evaluations on search data and on fresh data."""
+    """The chosen mask with its evaluations on search data and on fresh data.
+
+    With a front, `front` holds the answer at each budget that has one, and `archive` what no other
+    mask beat in loss and costs on search data, with its origin.
+    """
 
     best: Mask
     origin: str
@@ -66,6 +81,8 @@ class Outcome:
     reason: str
     cost_tokens: float
     evaluations: int
+    front: tuple[FrontPoint, ...] = ()
+    archive: tuple[tuple[Evaluation, str], ...] = ()
 
 
 class SearchLoop:
@@ -88,7 +105,7 @@ class SearchLoop:
         self._on_progress = on_progress or (lambda _: None)
         self._known: dict[Mask, Evaluation] = {}
         self._origins: dict[Mask, str] = {}
-        self._finishers: set[Mask] = set()
+        self._contest = Contest(space)
         self._spent = 0.0
         self._freed = 0.0
         self._failures = 0
@@ -161,7 +178,7 @@ class SearchLoop:
                 middle = (low + high + 1) // 2
                 fits = self._planned(proposals[:middle], batch.stages) <= left
                 low, high = (middle, high) if fits else (low, middle - 1)
-            small = self._finishers and 4 * low < len(proposals)
+            small = self._contest.masks and 4 * low < len(proposals)
             proposals = proposals[: 0 if small else low]
         return Batch(proposals, batch.survivors, batch.rivals, batch.stages)
 
@@ -186,21 +203,15 @@ class SearchLoop:
     def _reserve(self) -> float:
         """What the finals would cost with the finalists known by now.
 
-        At least two dense models' worth, since two masks are compared there whatever the limit.
+        At least two dense models' worth a budget, since two masks are compared there whatever the
+        limit.
         """
-        masks, _ = self._finalists()
-        two = 2 * self._finals.plan([self._space.dense])
-        return self._finals.preparation + max(two, self._finals.plan(masks))
+        least = 2 * len(self._space.points) * self._finals.plan([self._space.dense])
+        return self._finals.preparation + max(least, self._finals.plan(self._finalists().masks))
 
-    def _finalists(self) -> tuple[list[Mask], list[Mask]]:
+    def _finalists(self) -> Finalists:
         """The masks to re-rank, the best and the best baseline first, and all baselines."""
-        complete = sorted(
-            (e for mask in self._finishers if (e := self._known[mask]).status is Status.OK),
-            key=lambda evaluation: evaluation.order,
-        )
-        baselines = [e.mask for e in complete if is_baseline(self._origins[e.mask])]
-        ranked = [e.mask for e in complete[: max(1, self._plan.finalists)]]
-        return list(dict.fromkeys([*ranked[:1], *baselines[:1], *ranked])), baselines
+        return self._contest.finalists(self._known, self._origins, self._plan.finalists)
 
     def _step(self, number: int, batch: Batch) -> list[Evaluation]:
         survivors = batch.survivors if self._plan.racing else None
@@ -242,7 +253,7 @@ class SearchLoop:
             self._known[proposal.mask] = evaluation
             self._origins[proposal.mask] = proposal.origin
             if proposal.final:
-                self._finishers.add(proposal.mask)
+                self._contest.add(proposal.mask)
         self._freed = max(self._freed, self._freed_by(batch.proposals))
         self._report("search", self._spent, 0.0, batch.proposals)
         return evaluations
@@ -256,7 +267,7 @@ class SearchLoop:
             self._failures = 0 if evaluation.status.has_loss else self._failures + 1
         if self._failures < _MOST_FAILURES:
             return False
-        if any(self._known[mask].status is Status.OK for mask in self._finishers):
+        if any(self._known[mask].status is Status.OK for mask in self._contest.masks):
             return True
         raise NothingFoundError(
             f"the last {self._failures} masks all failed ({evaluations[-1].status}): check the "
@@ -265,12 +276,13 @@ class SearchLoop:
 
     def _choose(self, reason: str) -> Outcome:
         """Re-rank the finalists on fresh data; a challenger must beat the best baseline there."""
-        masks, baselines = self._finalists()
+        finalists, contest = self._finalists(), self._contest
+        masks, baselines = finalists.masks, finalists.baselines
         if self._plan.cost_tokens is not None:
             left = self._plan.cost_tokens - self._spent - self._finals.preparation
-            while len(masks) > 2 and self._finals.plan(masks) > left:
+            while len(masks) > max(2, finalists.needed) and self._finals.plan(masks) > left:
                 masks.pop()
-        if not masks:
+        if not any(self._known[mask].status is Status.OK for mask in contest.at(contest.own)):
             raise NothingFoundError(
                 f"none of {len(self._known)} evaluated masks met the budget and had a finite loss; "
                 "raise search.cost_tokens or search.max_evaluations, or check the model's dtype"
@@ -284,27 +296,36 @@ class SearchLoop:
                     "finals", self._spent + cost, done / total, ()
                 ),
             )
-            chosen = choose(evaluations, [mask for mask in baselines if mask in masks])
+            safe = [mask for mask in baselines if mask in masks]
+            own = set(contest.at(contest.own))
+            chosen = choose([e for e in evaluations if e.mask in own], safe)
+            front = self._space.front and contest.choices(evaluations, safe, choose)
             return {
                 "op": "finals",
                 "evaluations": [evaluation.to_json() for evaluation in evaluations],
-                "baselines": [mask.key for mask in baselines if mask in masks],
+                "baselines": [mask.key for mask in safe],
                 "best": chosen.mask.key,
+                **({"front": front} if front else {}),
                 "cost_tokens": self._spent + self._finals.preparation + cost,
             }
 
         record = self._ledger.recall("finals", compute)
         fresh = [Evaluation.from_json(entry) for entry in record["evaluations"]]
         best = Mask.from_key(record["best"])
+        own = [key for key in record["baselines"] if self._space.fits(Mask.from_key(key))]
+        front = record.get("front", ())
+        archive = front_of(self._space, self._known.values()) if front else ()
         return Outcome(
             best=best,
             origin=self._origins[best],
             search=self._known[best],
             finals=next(e for e in fresh if e.mask == best),
-            baseline=Mask.from_key(record["baselines"][0]) if record["baselines"] else None,
+            baseline=Mask.from_key(own[0]) if own else None,
             reason=reason,
             cost_tokens=float(record["cost_tokens"]),
             evaluations=len(self._known),
+            front=contest.answers(front, fresh, self._known, self._origins) if front else (),
+            archive=tuple((e, self._origins[e.mask]) for e in archive),
         )
 
     def _freed_by(self, proposals: Sequence[Proposal]) -> float:
@@ -326,7 +347,7 @@ class SearchLoop:
             fraction = self._freed + part * max(0.0, now - self._freed)
         losses = [
             e.loss
-            for mask in self._finishers
+            for mask in self._contest.at(self._contest.own)
             if (e := self._known[mask]).status is Status.OK and e.loss is not None
         ]
         self._on_progress(
@@ -341,7 +362,7 @@ def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend)
     dense = [space.dense]
     # Hints run the dense model on at most all of the text, and its attentions twice.
     least = select.preparation + 3 * select.plan(dense)
-    least += finals.preparation + 2 * finals.plan(dense)
+    least += finals.preparation + 2 * len(space.points) * finals.plan(dense)
     if plan.cost_tokens < least:
         raise ConfigError(
             f"search.cost_tokens is {plan.cost_tokens:,.0f}, too little for one pass of the dense "

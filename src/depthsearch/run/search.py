@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,14 @@ from depthsearch.model.patches import save_patches
 from depthsearch.run.directory import (
     BEST,
     CONFIG,
+    FRONT,
     JOURNAL,
     REPAIR,
     WORKERS,
     create_directory,
     write_json,
 )
+from depthsearch.run.front import front_json
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, check_cost
 from depthsearch.run.session import Session, best_json, opened
@@ -126,15 +128,40 @@ def _continue(
         outcome = loop.run(_start(session, signature))
         if finish is not None:
             finish(out)
-        repair = _repair(session, out, outcome.best, splits, finals)
-        write_json(out / BEST, best_json(session, outcome, seed, signature) | {"repair": repair})
+        repair = _repair(session, out / REPAIR, outcome.best, splits, finals)
+        best = best_json(session, outcome, seed, signature) | {"repair": repair}
+        if outcome.front:
+            write_json(out / FRONT, _front(session, out, outcome, best, splits, finals))
+        write_json(out / BEST, best)
     return outcome
 
 
+def _front(
+    session: Session,
+    out: Path,
+    outcome: Outcome,
+    best: Mapping[str, Any],
+    splits: Splits,
+    finals: Backend,
+) -> dict[str, Any]:
+    """What front.json holds; where masks are repaired, each one's weights go beside it."""
+    repairs: dict[str, dict[str, Any]] = {}
+    if best["repair"] is not None:
+        repairs[outcome.best.key] = best["repair"] | {"file": REPAIR}
+        for number, point in enumerate(session.space.points, start=1):
+            for answer in outcome.front:
+                if answer.space.budget == point.budget and answer.best.key not in repairs:
+                    name = f"repair-{number}.safetensors"
+                    found = _repair(session, out / name, answer.best, splits, finals)
+                    repairs[answer.best.key] = {**(found or {}), "file": name}
+    keys = ("cost_tokens", "evaluations", "reason", "seed", "signature", "model")
+    return front_json(session.space, outcome, repairs, {key: best[key] for key in keys})
+
+
 def _repair(
-    session: Session, out: Path, mask: Mask, splits: Splits, finals: Backend
+    session: Session, path: Path, mask: Mask, splits: Splits, finals: Backend
 ) -> dict[str, Any] | None:
-    """Write the refitted weights of the result, and describe them; None without a repair."""
+    """Write the refitted weights of a result, and describe them; None without a repair."""
     search, calibration = session.config.search, session.config.calibration
     if search.finished == "none":
         return None
@@ -148,7 +175,7 @@ def _repair(
             session.anatomy.sites[patch.site].name: {"ridge": patch.ridge, "left": patch.left}
             for patch in patches
         },
-        "sha256": save_patches(out / REPAIR, patches, session.anatomy, mask),
+        "sha256": save_patches(path, patches, session.anatomy, mask),
     }
 
 

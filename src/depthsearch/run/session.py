@@ -35,6 +35,7 @@ from depthsearch.model.load import (
 from depthsearch.model.repair import Patch
 from depthsearch.model.selfcheck import SelfCheck, self_check
 from depthsearch.model.streaming import StreamedModel
+from depthsearch.run.front import with_front
 from depthsearch.run.loop import Outcome, Plan
 from depthsearch.run.replaying import searcher_options
 from depthsearch.run.workers import (
@@ -87,7 +88,7 @@ class Session:
         else:
             loaded = open_model(config)
         anatomy = describe(loaded.model)
-        space = make_space(config.space, loaded.model, anatomy)
+        space = with_front(make_space(config.space, loaded.model, anatomy), config.front)
         check = self_check(loaded.model, anatomy) if streamed is None else streamed.check()
         return cls(config, loaded, anatomy, check, documents, space, streamed)
 

@@ -102,7 +102,8 @@ class RunState:
     """One run at one moment.
 
     `asks` is the number of asks answered ("generations"), `best_loss` in nats the lowest on budget
-    so far, `finals_loss` that of the chosen mask on fresh data. `evaluations_per_s` and
+    so far, `front_losses` the same at each of several budgets, `finals_loss` that of the chosen
+    mask on fresh data. `evaluations_per_s` and
     `cost_tokens_per_s` cover the last steps without pauses; None before the first. `seconds_left`
     is None where no limit is set or no rate known. `quiet_s` is the age of the last record.
     """
@@ -113,6 +114,7 @@ class RunState:
     seed: int | None = None
     asks: int = 0
     best_loss: float | None = None
+    front_losses: Mapping[str, float | None] = field(default_factory=dict)
     finals_loss: float | None = None
     cost_tokens: float = 0.0
     cost_limit_tokens: float | None = None
@@ -191,6 +193,7 @@ def run_state(
         seed=search.get("seed"),
         asks=course.asks,
         best_loss=course.best_loss,
+        front_losses=course.front_losses,
         finals_loss=course.finals_loss,
         cost_tokens=course.cost_tokens,
         cost_limit_tokens=cost_limit,

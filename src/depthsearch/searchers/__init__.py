@@ -16,6 +16,7 @@ from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
 from depthsearch.searchers.evopress import EvoPressOptions, evopress_plan
 from depthsearch.searchers.exact import ExhaustiveOptions, exhaustive_plan, listed
 from depthsearch.searchers.fixed import FixedOptions, fixed_plan
+from depthsearch.searchers.front import FrontOptions, front_plan
 from depthsearch.searchers.greedy import GreedyOptions, greedy_plan
 from depthsearch.searchers.mcts import MctsOptions, MctsSearcher
 from depthsearch.searchers.oneshot import (
@@ -90,6 +91,7 @@ _METHODS: Mapping[str, Method] = {
     "greedy": Method(GreedyOptions, greedy_plan),
     "beam": Method(BeamOptions, beam_plan),
     "evolution": Method(EvolutionOptions, evolution_plan),
+    "front": Method(FrontOptions, front_plan),
     "evopress": Method(EvoPressOptions, lambda space, _, rng, o: evopress_plan(space, rng, o)),
     "mcts": Method(MctsOptions, MctsSearcher),
     # Listed at once, so that a space which is too large is refused before anything is evaluated.

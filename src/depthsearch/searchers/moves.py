@@ -68,6 +68,26 @@ class Moves:
         """
         return self._of[name](mask, other)
 
+    def migrate(self, mask: Mask) -> Mask:
+        """A mask from another budget brought onto this one by dropping or putting back units.
+
+        What looks unimportant is dropped first and put back last; half of the time no gap is opened
+        or split for it, as far as that is possible.
+        """
+        space, compact = self._space, self._rng.random() < 0.5
+        while not space.fits(mask):
+            smaller = self._drop(mask, compact=compact)
+            if smaller is None:
+                break
+            mask = smaller
+        while larger := [m for m in space.additions(mask) if space.fits(m)]:
+            if compact:
+                gaps = self._gaps(mask)
+                larger = [m for m in larger if self._gaps(m) <= gaps] or larger
+            weights = [_weigh(self._most, difference(m, mask)) for m in larger]
+            mask = larger[self._choose(weights)]
+        return mask if space.on_budget(mask) else space.repair(mask, self._rng)
+
     def _swap(self, mask: Mask, count: int) -> Mask | None:
         before = mask
         for _ in range(count):

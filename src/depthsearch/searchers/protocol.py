@@ -34,8 +34,8 @@ class Searcher(Protocol):
 
 
 def propose(space: SearchSpace, mask: Mask, origin: str) -> Proposal:
-    """A proposal that is final exactly when the mask is on budget."""
-    return Proposal(mask, origin, space.on_budget(mask))
+    """A proposal that is final exactly when the mask is on budget, be it one of the front."""
+    return Proposal(mask, origin, space.meets(mask))
 
 
 def check_ask(n: int | None, waiting: Sequence[Proposal]) -> None:

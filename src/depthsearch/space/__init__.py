@@ -5,6 +5,7 @@ from __future__ import annotations
 from depthsearch.space.budget import Budget
 from depthsearch.space.cost import METRICS, CostTable, SiteCosts
 from depthsearch.space.evaluation import Batch, Evaluation, Hints, Proposal, Stage, Status
+from depthsearch.space.front import front_metrics, front_of, nondominated
 from depthsearch.space.mask import Mask, mask_from_names
 from depthsearch.space.packing import is_packable, pairing
 from depthsearch.space.site import KINDS, Kind, Site, parse_site_name
@@ -27,8 +28,11 @@ __all__ = [
     "SiteCosts",
     "Stage",
     "Status",
+    "front_metrics",
+    "front_of",
     "is_packable",
     "mask_from_names",
+    "nondominated",
     "pairing",
     "parse_site_name",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -34,7 +34,8 @@ _REPAIR_TRIES = 20
 class SearchSpace:
     """Sites, what may be dropped together, what must stay, and the budget to meet.
 
-    Raises BudgetError at construction where no mask of the space meets the budget, naming the
+    `front` names further budgets that one search serves besides; all else here is about `budget`.
+    Raises BudgetError at construction where no mask of the space meets a budget, naming the
     cheapest reachable cost, and MaskError for a space that cannot exist.
     """
 
@@ -44,6 +45,7 @@ class SearchSpace:
     granularity: Granularity = "sublayer"
     protected: frozenset[int] = frozenset()
     packable: bool = False
+    front: tuple[Budget, ...] = ()
 
     def __post_init__(self) -> None:
         if self.granularity not in get_args(Granularity):
@@ -82,6 +84,17 @@ class SearchSpace:
                 f"({100 * self.cost(cheapest) / dense:.1f} % of the dense model's {dense:,}); "
                 "raise the budget or protect fewer sites"
             )
+        if len({(point.budget.metric, point.cap) for point in self.points}) <= len(self.front):
+            raise BudgetError("two budgets of the front allow the same cost: leave one of them out")
+
+    @cached_property
+    def points(self) -> tuple[SearchSpace, ...]:
+        """The space at each budget, the own one included, a metric's loosest first."""
+        budgets = (self.budget, *self.front)
+        metrics = list(dict.fromkeys(budget.metric for budget in budgets))
+        found = [replace(self, budget=budget, front=()) for budget in budgets] if self.front else []
+        order = sorted(found, key=lambda point: (metrics.index(point.budget.metric), -point.cap))
+        return tuple(order) or (self,)
 
     @cached_property
     def genes(self) -> tuple[Unit, ...]:
@@ -149,6 +162,10 @@ class SearchSpace:
     def on_budget(self, mask: Mask) -> bool:
         """Whether the mask is in the space, fits, and nothing dropped could be put back."""
         return self.contains(mask) and self._maximal(list(mask.keep), self.cost(mask))
+
+    def meets(self, mask: Mask) -> bool:
+        """Whether the mask is on budget, on the own one or on one of the front."""
+        return any(point.on_budget(mask) for point in self.points)
 
     def removals(self, mask: Mask) -> tuple[Mask, ...]:
         """Every mask one minimal unit smaller that costs less than `mask`.
@@ -295,6 +312,7 @@ class SearchSpace:
             "packable": self.packable,
             "budget": self.budget.to_json(),
             "costs": self.costs.to_json(),
+            **({"front": [budget.to_json() for budget in self.front]} if self.front else {}),
         }
 
     @classmethod
@@ -307,6 +325,7 @@ class SearchSpace:
             granularity=data["granularity"],
             protected=frozenset(int(i) for i in data["protected"]),
             packable=bool(data["packable"]),
+            front=tuple(Budget.from_json(budget) for budget in data.get("front", ())),
         )
 
     @property
