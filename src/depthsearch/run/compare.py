@@ -109,7 +109,7 @@ def _compare(
                 ) from error
             failed.append({"name": arm, "seed": seed, "error": str(error)})
             continue
-        entry = _entry(arm, chosen, run)
+        entry = _entry(arm, chosen, _single(config, chosen).score, run)
         entries.append(entry)
         if arm == config.compare.cost_tokens:
             costs[seed] = entry["cost_tokens"]
@@ -189,7 +189,7 @@ def _run_arm(
         search(session.config, run, session=session, on_progress=on_progress, finish=finish)
 
 
-def _entry(arm: str, chosen: SearchConfig, run: Path) -> dict[str, Any]:
+def _entry(arm: str, chosen: SearchConfig, score: str, run: Path) -> dict[str, Any]:
     best = read_json(run / BEST, "the run has not finished")
     records = read_journal(run / JOURNAL)
     curve: list[list[float]] = []
@@ -212,6 +212,7 @@ def _entry(arm: str, chosen: SearchConfig, run: Path) -> dict[str, Any]:
         "name": arm,
         "method": chosen.method,
         "seed": chosen.seed,
+        "score": score,
         "run": f"{ARMS}/{run.name}",
         "mask": best["mask"],
         "origin": best["origin"],

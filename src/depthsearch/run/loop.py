@@ -29,6 +29,7 @@ class Plan:
     """What to search with: method, options, seed, limits on cost, and finalists to re-rank.
 
     `cost_tokens` bounds everything: hints, search and finals. `ask` bounds the masks of one ask.
+    So many of the best `baselines` are among the finalists, whatever their rank.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Plan:
     finalists: int = 8
     racing: bool = True
     ask: int | None = None
+    baselines: int = 1
 
 
 @dataclass(frozen=True)
@@ -199,14 +201,15 @@ class SearchLoop:
         return self._finals.preparation + max(two, self._finals.plan(masks))
 
     def _finalists(self) -> tuple[list[Mask], list[Mask]]:
-        """The masks to re-rank, the best and the best baseline first, and all baselines."""
+        """The masks to re-rank, the best and the best baselines first, and all baselines."""
         complete = sorted(
             (e for mask in self._finishers if (e := self._known[mask]).status is Status.OK),
             key=lambda evaluation: evaluation.order,
         )
         baselines = [e.mask for e in complete if is_baseline(self._origins[e.mask])]
         ranked = [e.mask for e in complete[: max(1, self._plan.finalists)]]
-        return list(dict.fromkeys([*ranked[:1], *baselines[:1], *ranked])), baselines
+        first = baselines[: self._plan.baselines]
+        return list(dict.fromkeys([*ranked[:1], *first, *ranked])), baselines
 
     def _step(self, number: int, batch: Batch) -> list[Evaluation]:
         survivors = batch.survivors if self._plan.racing else None

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from depthsearch.config import ModelConfig, RunConfig, SearchConfig
 from depthsearch.errors import ConfigError
 from depthsearch.evaluation.ray_environment import spare_dumps, stay_local
+from depthsearch.evaluation.turns import Repair
 from depthsearch.model.load import LoadedModel
 from depthsearch.sources import is_path
 
 if TYPE_CHECKING:
     from depthsearch.evaluation.ray_backend import Cluster
+    from depthsearch.evaluation.worker import Text
 
 
 class Workers:
@@ -61,6 +65,36 @@ class Workers:
         if self.cluster is not None:
             self.cluster.close()
         self.cluster = None
+
+
+def worker_text(
+    windows: Tensor,
+    objective: str,
+    mode: str,
+    batch_tokens: int,
+    positions: float,
+    seed: int,
+    *,
+    repair: Repair = "none",
+    fit: Tensor | None = None,
+) -> Text:
+    """A text as workers take it, under a name that no other text of the session has."""
+    from depthsearch.evaluation.worker import Text
+
+    digest = hashlib.sha256(windows.numpy().tobytes())
+    if repair != "none" and fit is not None:
+        digest.update(repair.encode() + fit.numpy().tobytes())
+    return Text(
+        name=f"{digest.hexdigest()[:16]}-{seed}-{objective}",
+        windows=windows.numpy(),
+        objective=objective,
+        mode=mode,
+        batch_tokens=batch_tokens,
+        positions=positions,
+        seed=seed,
+        fit=None if fit is None or repair == "none" else fit.numpy(),
+        repair=repair,
+    )
 
 
 def computing_device(config: RunConfig, loaded: LoadedModel) -> str:
