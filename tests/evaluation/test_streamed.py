@@ -142,6 +142,11 @@ def test_the_protocol_races_and_reports(objective: Any, checkpoint: Callable[[st
     assert ours.plan([]) == 0.0
 
 
+def test_gradients_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(ModelError, match=r"set model\.streamed to false"):
+        streamed(checkpoint("llama")).sensitivity()
+
+
 class TestReading:
     """What is read from disk, counted."""
 

@@ -1,4 +1,4 @@
-"""Searches that compare masks by another loss than the finalists are ranked by."""
+"""Searches that compare masks by another loss than the finalists are ranked by, or by gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.tiny_runs import workplace_config
 
 from depthsearch.calibration.objectives import OBJECTIVES
-from depthsearch.errors import JournalError
+from depthsearch.errors import ConfigError, JournalError
 from depthsearch.evaluation import InProcess
 from depthsearch.journal import read_journal, without_times
 from depthsearch.run.compare import compare
@@ -30,6 +30,18 @@ def scored(
     """A finished search by the angle of logits, its finalists ranked by the KL divergence."""
     config = workplace_config(workplace, search=SCORED)
     out = tmp_path_factory.mktemp("scored") / "run"
+    own = replace(session, config=config)
+    search(config, out, session=own)
+    return own, out
+
+
+@pytest.fixture(scope="module")
+def sensitive(
+    session: Session, workplace: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Session, Path]:
+    """A finished run of the method `sensitivity`."""
+    config = workplace_config(workplace, search={"method": "sensitivity"})
+    out = tmp_path_factory.mktemp("sensitive") / "run"
     own = replace(session, config=config)
     search(config, out, session=own)
     return own, out
@@ -132,3 +144,68 @@ def test_arms_may_differ_in_what_they_search_by(
         assert entry["select_loss"] == pytest.approx(sum(select) / len(select), rel=1e-12)
         fresh = losses_by(session, own.finals, "kl", mask)
         assert entry["finals_loss"] == pytest.approx(sum(fresh) / len(fresh), rel=1e-12)
+
+
+def test_gradients_are_part_of_the_record_and_of_the_cost(
+    sensitive: tuple[Session, Path], scored: tuple[Session, Path]
+) -> None:
+    session, run = sensitive
+    (hints,) = records_of(run, "hints")
+    select, _ = session.backends(session.splits(0), 0)
+    found, cost = select.sensitivity()
+    assert hints["sensitivity"] == found.to_json()
+    (plain,) = records_of(scored[1], "hints")
+    assert "sensitivity" not in plain
+    assert {key: hints[key] for key in ("cosine", "angular")} == {
+        key: plain[key] for key in ("cosine", "angular")
+    }
+    assert hints["cost_tokens"] == pytest.approx(plain["cost_tokens"] + cost, rel=1e-12)
+    # 256 tokens, of which every pass takes less than one whole: most of a tiny model is its head.
+    assert 1 * 256 < cost < 4 * 256
+    (ask,) = records_of(run, "ask")
+    (proposal,) = ask["proposals"]
+    assert proposal["origin"] == "sensitivity, magnitude"
+    least = sorted(range(8), key=lambda site: found.magnitude[site])
+    assert not Mask.from_key(proposal["mask"]).keep[least[0]]
+
+
+def test_a_resume_reads_the_gradients_instead_of_computing_them(
+    sensitive: tuple[Session, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, run = sensitive
+    lines = (run / JOURNAL).read_bytes().splitlines(keepends=True)
+    (tmp_path / CONFIG).write_bytes((run / CONFIG).read_bytes())
+    (tmp_path / JOURNAL).write_bytes(b"".join(lines[:2]))
+
+    def again(_: InProcess) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(InProcess, "sensitivity", again)
+    resume(tmp_path, session=session)
+    journals = [without_times(read_journal(folder / JOURNAL)) for folder in (run, tmp_path)]
+    assert journals[0] == journals[1]
+    assert (tmp_path / BEST).read_bytes() == (run / BEST).read_bytes()
+
+
+def test_gradients_are_refused_where_there_are_none(workplace: Path, tmp_path: Path) -> None:
+    streamed = {"streamed": True}
+    config = workplace_config(workplace, model=streamed, search={"method": "sensitivity"})
+    with pytest.raises(ConfigError, match=r"sensitivity, which needs gradients"):
+        search(config, tmp_path / "run")
+    arms = {"windows": {"method": "windows"}, "gates": {"method": "sensitivity"}}
+    config = workplace_config(workplace, model=streamed, compare={"arms": arms, "seeds": [0]})
+    with pytest.raises(ConfigError, match=r"set model\.streamed to false"):
+        compare(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_limit_below_the_cost_of_gradients_is_refused(
+    session: Session, workplace: Path, tmp_path: Path
+) -> None:
+    limit = {"method": "windows", "cost_tokens": 1800.0, "max_evaluations": None}
+    config = workplace_config(workplace, search=limit)
+    search(config, tmp_path / "windows", session=replace(session, config=config))
+    config = workplace_config(workplace, search=limit | {"method": "sensitivity"})
+    with pytest.raises(ConfigError, match="too little"):
+        search(config, tmp_path / "run", session=replace(session, config=config))
+    assert not (tmp_path / "run").exists()

@@ -90,6 +90,21 @@ def figures(
     return kl, cross_entropy
 
 
+def cross_entropy_gradient(logits: Logits, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The gradient `[position, hidden]` of each position's cross-entropy by its hidden state.
+
+    `logits` must be differentiable; `hidden` is `[position, hidden]`, `targets` `[position]`.
+    """
+    found = torch.empty_like(hidden)
+    for chunk in _chunks(targets.shape[0]):
+        with torch.enable_grad():
+            state = hidden[chunk].detach().requires_grad_()
+            scores = logits(state).float()
+            loss = torch.nn.functional.cross_entropy(scores, targets[chunk], reduction="sum")
+            (found[chunk],) = torch.autograd.grad(loss, [state])
+    return found
+
+
 class AngularDistance:
     """The angle between the logits of the dense and of the masked model, over pi: in [0, 1].
 

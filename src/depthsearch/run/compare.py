@@ -36,7 +36,7 @@ from depthsearch.run.search import Finish, resume, search
 from depthsearch.run.session import Session, check_search, opened
 from depthsearch.run.statistics import bootstrap_interval, paired_difference
 from depthsearch.run.verdict import verdict
-from depthsearch.run.workers import check_repair
+from depthsearch.run.workers import check_gradients, check_repair
 from depthsearch.space import Mask
 
 OnHeldout = Callable[[int, int], None]
@@ -68,6 +68,7 @@ def compare(
     for settings in config.compare.arms.values():
         check_search(settings)
         check_repair(config, settings)
+        check_gradients(config, settings)
     _check_out(config, out)
     with opened(config, session) as session:
         return _compare(config, out, session, on_arm, on_heldout, finish)

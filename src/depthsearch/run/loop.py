@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from depthsearch.errors import ConfigError, NothingFoundError
 from depthsearch.evaluation import Backend, evaluate
 from depthsearch.run.ledger import Ledger
-from depthsearch.searchers import build_searcher, is_baseline
+from depthsearch.searchers import build_searcher, is_baseline, needs_sensitivity
 from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Stage, Status
 
 _MOST_FAILURES = 100
@@ -140,6 +140,9 @@ class SearchLoop:
         def compute() -> dict[str, Any]:
             hints, cost = self._select.hints()
             cost += self._select.preparation
+            if needs_sensitivity(self._plan.method):
+                sensitivity, more = self._select.sensitivity()
+                hints, cost = replace(hints, sensitivity=sensitivity), cost + more
             return {"op": "hints", **hints.to_json(), "cost_tokens": cost}
 
         record = self._ledger.recall("hints", compute)
@@ -350,6 +353,9 @@ def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend)
     dense = [space.dense]
     # Hints run the dense model on at most all of the text, and its attentions twice.
     least = select.preparation + 3 * select.plan(dense)
+    if needs_sensitivity(plan.method):
+        # Twice forwards, and backwards with its attentions twice.
+        least += 4 * select.plan(dense)
     least += finals.preparation + 2 * finals.plan(dense)
     if plan.cost_tokens < least:
         raise ConfigError(

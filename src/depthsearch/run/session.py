@@ -38,6 +38,7 @@ from depthsearch.run.loop import Outcome, Plan
 from depthsearch.run.workers import (
     Workers,
     check_cluster,
+    check_gradients,
     check_repair,
     computing_device,
     host_bytes,
@@ -74,6 +75,7 @@ class Session:
         check_search(config.search)
         check_cluster(config)
         check_repair(config, config.search)
+        check_gradients(config, config.search)
         threads = threads_of(config)
         if threads is not None:
             torch.set_num_threads(threads)

@@ -11,6 +11,7 @@ ONE_PASS = (
     "angular_window",
     "block_influence",
     "similarity",
+    "sensitivity",
     "single_removal",
     "additive",
 )

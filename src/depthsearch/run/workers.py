@@ -15,6 +15,7 @@ from depthsearch.errors import ConfigError
 from depthsearch.evaluation.ray_environment import spare_dumps, stay_local
 from depthsearch.evaluation.turns import Repair
 from depthsearch.model.load import LoadedModel
+from depthsearch.searchers import needs_sensitivity
 from depthsearch.sources import is_path
 
 if TYPE_CHECKING:
@@ -136,6 +137,16 @@ def check_repair(config: RunConfig, search: SearchConfig) -> None:
     if config.model.streamed and {search.repair, search.finished} != {"none"}:
         raise ConfigError(
             "model.streamed can't refit weights: set search.repair and search.finish to none"
+        )
+
+
+def check_gradients(config: RunConfig, search: SearchConfig) -> None:
+    """Refuse methods that need gradients where there are none; raises ConfigError."""
+    if config.model.streamed and needs_sensitivity(search.method):
+        raise ConfigError(
+            f"search.method is {search.method}, which needs gradients through the whole model, but "
+            "model.streamed holds one block at a time: choose another method, or set "
+            "model.streamed to false"
         )
 
 
