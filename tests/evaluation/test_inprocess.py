@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthsearch.calibration import objectives
-from depthsearch.calibration.objectives import CrossEntropy, KLDivergence
+from depthsearch.calibration.objectives import OBJECTIVES, CrossEntropy, KLDivergence
 from depthsearch.errors import DataError, ModelError
 from depthsearch.evaluation import InProcess, UnitResult, evaluate, executed_sites
 from depthsearch.model.anatomy import describe
@@ -26,6 +26,7 @@ from depthsearch.space import Mask, Status
 
 DTYPES = (torch.float32, torch.bfloat16)
 SITES = 8
+EVERY = [build() for build in OBJECTIVES.values()]
 
 
 def losses_of(backend: InProcess, masks: Sequence[Mask]) -> list[UnitResult]:
@@ -89,6 +90,22 @@ def test_losses_are_those_of_plain_masked_logits() -> None:
                 assert flat == pytest.approx(expected.tolist(), abs=2e-5)
 
 
+@pytest.mark.parametrize("objective", EVERY, ids=lambda objective: objective.name)
+@pytest.mark.parametrize("family", ["llama", "cohere", "gemma2"])
+def test_every_objective_is_that_of_whole_masked_passes_bit_for_bit(
+    family: str, objective: Any
+) -> None:
+    model = tiny_model(family, dtype=torch.bfloat16)
+    shared = tiny_backend(model=model, objective=objective)
+    whole = tiny_backend(model=model, objective=objective, mode=Mode.WHOLE)
+    masks = assorted_masks(SITES)
+    together = shared.run(0, masks)
+    assert together.losses == whole.run(0, masks).losses
+    assert together.statuses == (Status.OK,) * len(masks)
+    assert tuple(shared.run(0, [mask]).losses[0] for mask in masks) == together.losses
+    assert len(set(together.losses)) == len(masks)
+
+
 def test_batches_and_windows() -> None:
     backend = tiny_backend(rows=5, tokens=12, batch_tokens=24)
     assert backend.sequences == (2, 2, 1)
@@ -125,7 +142,7 @@ def test_windows_without_a_next_token_are_refused(shape: tuple[int, ...]) -> Non
 class TestCost:
     @pytest.mark.parametrize("family", ["llama", "cohere"])
     @pytest.mark.parametrize("mode", [None, Mode.WHOLE])
-    @pytest.mark.parametrize("objective", [KLDivergence(), CrossEntropy()])
+    @pytest.mark.parametrize("objective", EVERY, ids=lambda objective: objective.name)
     def test_the_plan_is_what_is_charged(
         self, family: str, mode: Mode | None, objective: Any
     ) -> None:

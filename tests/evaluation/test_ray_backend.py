@@ -42,6 +42,7 @@ pytestmark = pytest.mark.timeout(900)
 
 REPAIRED = "evolution on repaired masks"
 TABLED = "evolution on masks with repairs looked up"
+SCORED = "evolution by the angle of logits"
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,9 @@ def on_ray(workplace: Path, method: str = "evolution", **cluster: object) -> Run
         settings |= {"method": "evolution", "repair": "gap", "finish": "sequential"}
     if method == TABLED:
         settings |= {"method": "evolution", "repair": "table"}
+    if method == SCORED:
+        # On the same text as the others, whose losses it must not be given.
+        settings |= {"method": "evolution", "score": "angular"}
     return workplace_config(
         workplace,
         search=settings,
@@ -87,7 +91,7 @@ def crew_of(session: Session) -> RayCrew:
 def undisturbed(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every method's run in this process."""
     runs = {}
-    for method in (*SEARCHERS, REPAIRED, TABLED):
+    for method in (*SEARCHERS, REPAIRED, TABLED, SCORED):
         config = on_ray(workplace, method)
         config = config.model_copy(
             update={"cluster": config.cluster.model_copy(update={"backend": "in-process"})}

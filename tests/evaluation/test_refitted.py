@@ -9,6 +9,7 @@ import torch
 from tests.evaluation.tiny_backends import assorted_masks, tiny_backend
 from tests.tiny_models import keeping, tiny_ids, tiny_model
 
+from depthsearch.calibration.objectives import OBJECTIVES
 from depthsearch.errors import DataError, UnsupportedModelError
 from depthsearch.evaluation import Refitted
 from depthsearch.evaluation.refitting import RefitWalk
@@ -57,6 +58,18 @@ class TestEveryFamily:
         assert tuple(unit.losses[0] for unit in alone) == together.losses
         assert sum(unit.cost_tokens for unit in alone) > together.cost_tokens
         assert backend.run(0, masks[::-1]).losses == together.losses[::-1]
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "angular", "norm", "js"])
+@pytest.mark.parametrize("repair", KINDS)
+def test_every_other_objective_is_that_of_the_patched_model(repair: Repair, name: str) -> None:
+    judge = tiny_backend("llama", objective=OBJECTIVES[name]())
+    backend = Refitted(judge, FIT, repair)
+    masks = assorted_masks(SITES)
+    for mask, losses in zip(masks, backend.run(0, masks).losses, strict=True):
+        with patched(judge.replayer.model, judge.replayer.anatomy, backend.repair(mask)):
+            plain = [judge.run(b, [mask]).losses[0] for b in range(len(judge.sequences))]
+        assert losses == tuple(loss for batch in plain for loss in batch)
 
 
 @pytest.mark.parametrize("repair", KINDS)

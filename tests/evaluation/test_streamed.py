@@ -19,7 +19,7 @@ from tests.evaluation.tiny_backends import assorted_masks
 from tests.tiny_models import PARALLEL_TYPES, keeping, tiny_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
-from depthsearch.calibration.objectives import CrossEntropy, KLDivergence, Objective
+from depthsearch.calibration.objectives import OBJECTIVES, CrossEntropy, KLDivergence, Objective
 from depthsearch.errors import DataError, ModelError
 from depthsearch.evaluation import Backend, InProcess, Streamed, evaluate, executed_sites
 from depthsearch.evaluation.breadth import Prefixes
@@ -125,7 +125,7 @@ def test_any_set_of_masks(pair: tuple[Streamed, InProcess], keeps: list[list[boo
     assert ours.run_all(masks) == all_units(theirs, masks)
 
 
-@pytest.mark.parametrize("objective", [KLDivergence(), CrossEntropy()])
+@pytest.mark.parametrize("objective", [build() for build in OBJECTIVES.values()])
 def test_the_protocol_races_and_reports(objective: Any, checkpoint: Callable[[str], Path]) -> None:
     ours: Backend = streamed(checkpoint("llama"), objective=objective)
     theirs = resident(checkpoint("llama"), objective=objective)
@@ -140,6 +140,11 @@ def test_the_protocol_races_and_reports(objective: Any, checkpoint: Callable[[st
         assert torch.equal(a, b)
     assert ours.run_all([]) == [type(u)((), (), 0.0) for u in ours.run_all(masks)]
     assert ours.plan([]) == 0.0
+
+
+def test_gradients_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(ModelError, match=r"set model\.streamed to false"):
+        streamed(checkpoint("llama")).sensitivity()
 
 
 class TestReading:

@@ -68,16 +68,20 @@ def write_run(
     generations: int = 25,
     name: str = "SmolLM2-135M",
     family: str = "evolution",
+    **losses: str,
 ) -> Path:
-    """A run directory: `state` is finished, finals, searching, started or torn."""
+    """A run directory: `state` is finished, finals, searching, started or torn.
+
+    `losses` are the kind of the objective and the score of the search, where they are not KL.
+    """
     folder.mkdir(parents=True)
     space = space or make_space()
     rng = np.random.default_rng(0)
     judge, fresh = Judge(space, 32, 1), Judge(space, 64, 2)
     config = {
         "model": {"path": f"/models/{name}", "dtype": "bfloat16"},
-        "objective": {"kind": "kl", "positions": 0.25},
-        "search": {"method": family, "seed": 0},
+        "objective": {"kind": losses.get("kind", "kl"), "positions": 0.25},
+        "search": {"method": family, "seed": 0, "score": losses.get("score")},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     records: list[dict[str, Any]] = [

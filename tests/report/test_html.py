@@ -119,6 +119,39 @@ def test_the_report_of_a_finished_run(
 
 
 @pytest.mark.parametrize(
+    ("losses", "unit", "said"),
+    [
+        ({}, "nats", ["Loss: KL divergence to the dense model, nats", "A long line to the right"]),
+        ({"score": "kl"}, "nats", ["Loss: KL divergence to the dense model, nats", "A long line"]),
+        (
+            {"score": "angular"},
+            "nats",
+            [
+                "Loss: angle to the dense model's logits, half turns",
+                "Loss of the finalists: KL divergence to the dense model, nats",
+                "compared masks by another loss, which is not shown here",
+            ],
+        ),
+        ({"kind": "norm"}, "logits", ["Loss: distance to the dense model's logits, logits"]),
+    ],
+)
+def test_losses_are_named_with_their_unit(
+    tmp_path: Path, write_run: WriteRun, losses: dict[str, str], unit: str, said: list[str]
+) -> None:
+    folder = write_run(tmp_path / "run", generations=3, **losses)
+    page = demand_self_contained(run_report(folder))
+    text = re.sub(r"\s+", " ", page.text)
+    for part in said:
+        # The cells of a row stand side by side.
+        assert part.replace(": ", "") in text
+    assert f"{unit} on fresh data" in text
+    alts = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
+    own = "half turns" if losses.get("score") == "angular" else unit
+    assert any(f"{own}." in alt for alt in alts)
+    assert ("A long line" in text) == (losses.get("score") != "angular")
+
+
+@pytest.mark.parametrize(
     ("state", "pictures"), [("started", 0), ("torn", 3), ("searching", 3), ("finals", 4)]
 )
 def test_the_report_of_an_unfinished_run(
@@ -204,6 +237,28 @@ def test_the_report_of_a_comparison(tmp_path: Path, comparison: dict[str, Any]) 
     assert len(page.images) == 4
     assert page.text.index(comparison["verdict"]) < page.text.index("Held-out quality")
     assert compare_report(comparison, tmp_path / "other.html") == tmp_path / "other.html"
+
+
+def test_search_losses_of_two_kinds_share_no_axis(comparison: dict[str, Any]) -> None:
+    plain = demand_self_contained(compare_html(comparison))
+    assert "left out" not in plain.text
+    for arm in comparison["arms"]:
+        arm["score"] = "norm" if arm["name"] == "greedy" else "kl"
+        if arm["score"] == "norm":
+            arm["select_loss"] = 777.25
+            arm["anytime"] = [[2e5, 777.25]]
+    page = demand_self_contained(compare_html(comparison))
+    assert "searched by another loss are left out: greedy (norm)." in page.text
+    assert "777.2500 (norm)" in page.text
+    alts = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
+    (curves,) = [alt for alt in alts if alt.startswith("Best search loss")]
+    assert "greedy" not in curves
+    assert "evolution" in curves
+    for arm in comparison["arms"]:
+        arm["score"] = "norm"
+    page = demand_self_contained(compare_html(comparison))
+    assert "left out" not in page.text
+    assert "(norm)" not in page.text
 
 
 def test_a_comparison_with_failed_arms_and_without_export(comparison: dict[str, Any]) -> None:

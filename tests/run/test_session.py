@@ -149,7 +149,8 @@ class TestSplits:
         changed = replace(session, config=workplace_config(workplace, search=search))
         plan = vars(changed.plan())
         names = {"batch": "ask"}
-        assert plan == {names.get(key, key): value for key, value in search.items()}
+        expected = {names.get(key, key): value for key, value in search.items()}
+        assert plan == expected | {"baselines": 1}
 
 
 class TestSignature:

@@ -55,7 +55,9 @@ def test_a_tie_between_searches_alone_does_not_speak_of_one_pass_methods() -> No
 
 
 def test_a_one_pass_method_that_wins_says_so_even_where_it_beats_the_search() -> None:
-    ranked = ("windows", "block_influence", "similarity", "single_removal", "additive")
+    ranked = (
+        "windows", "block_influence", "similarity", "sensitivity", "single_removal", "additive",
+    )  # fmt: skip
     for method in ("fixed", "angular_window", *ranked):
         rows = [row("evo", 0.6), row("simple", 0.5, method)]
         text = verdict(rows, [pair("evo", "simple", "simple")])

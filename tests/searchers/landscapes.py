@@ -24,6 +24,7 @@ from depthsearch.space import (
     Mask,
     Proposal,
     SearchSpace,
+    Sensitivity,
     Site,
     SiteCosts,
     Status,
@@ -143,7 +144,15 @@ class Landscape:
         return Hints(
             tuple(tuple(float(x) for x in row) for row in np.cos(distance * np.pi / 2)),
             tuple(tuple(float(x) for x in row) for row in distance / 2),
+            self.sensitivity(),
         )
+
+    def sensitivity(self) -> Sensitivity:
+        """First-order estimates: the importances with much noise, some signed ones below zero."""
+        rng = np.random.default_rng([self.seed, 5])
+        signed = self.importance * rng.lognormal(0.0, 0.6, self.sites) - 0.03
+        magnitude = np.abs(signed) + 0.02 * rng.random(self.sites)
+        return Sensitivity(tuple(map(float, signed)), tuple(map(float, magnitude)))
 
 
 Answer = Callable[[Proposal], Evaluation]

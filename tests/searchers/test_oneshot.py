@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from landscapes import SPACES, Landscape, drive, proposals, toy
 
-from depthsearch.searchers import build_searcher
+from depthsearch.errors import InputError
+from depthsearch.searchers import SEARCHERS, build_searcher, needs_sensitivity
 from depthsearch.searchers.baselines import window_baselines
-from depthsearch.space import Budget, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
+from depthsearch.space import (
+    Budget,
+    Evaluation,
+    Hints,
+    Mask,
+    Proposal,
+    SearchSpace,
+    Sensitivity,
+    Status,
+)
 
 
 def only(method: str, space: SearchSpace, hints: Hints, **options: object) -> Proposal:
@@ -101,6 +113,69 @@ def test_the_window_has_the_smallest_angle_of_all(seed: int) -> None:
     proposal = only("angular_window", space, Hints(rows, rows))
     assert proposal.mask == Mask.dropping(16, range(2 * start, 2 * start + 6))
     assert proposal.origin == f"window {start}-{start + 2}, best angle"
+
+
+def sensitive(signed: list[float], magnitude: list[float]) -> Hints:
+    return Hints((), (), Sensitivity(tuple(signed), tuple(magnitude)))
+
+
+SENSITIVE = sensitive(
+    [0.5, -0.1, 0.2, 0.3, -0.3, 0.9, 0.1, 0.6], [0.5, 0.4, 0.3, 0.35, 0.8, 0.9, 0.2, 0.6]
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "dropped"),
+    [
+        # Magnitudes ascending are those of sites 6, 2, 3; signed ones those of 4, 1, 6.
+        ({}, (2, 3, 6)),
+        ({"estimate": "magnitude"}, (2, 3, 6)),
+        ({"estimate": "signed"}, (1, 4, 6)),
+    ],
+)
+def test_the_least_sensitive_sublayers_go(
+    options: dict[str, object], dropped: tuple[int, ...]
+) -> None:
+    space = toy(4, Budget("sites", drop=3))
+    assert only("sensitivity", space, SENSITIVE, **options).mask == Mask.dropping(8, dropped)
+
+
+def test_estimates_per_cost_prefer_what_frees_more() -> None:
+    """Attention frees 1 and FFN 3; 4 of 16 must go."""
+    space = toy(4, Budget("params", ratio=0.75, of="blocks"))
+    # 0.2 / 1, 0.3 / 3, 0.25 / 1, 0.5 / 3: the two FFNs go, and neither can be put back. Plainly
+    # sites 0, 2 and 1 go, and then 2 is put back.
+    hints = sensitive([0.0] * 8, [0.2, 0.3, 0.25, 0.5, 0.9, 0.9, 0.9, 0.9])
+    assert only("sensitivity", space, hints).mask == Mask.dropping(8, (0, 1))
+    assert only("sensitivity", space, hints, per_cost=True).mask == Mask.dropping(8, (1, 3))
+    # An expected gain counts for as much more as it frees: 0.1 of an FFN for 0.3.
+    gains = sensitive([-0.2, -0.1, -0.25, -0.05, -0.12, 0.9, -0.11, 0.9], [1.0] * 8)
+    plain = only("sensitivity", space, gains, estimate="signed")
+    priced = only("sensitivity", space, gains, estimate="signed", per_cost=True)
+    assert plain.mask == Mask.dropping(8, (0, 2, 4, 6))
+    assert priced.mask == Mask.dropping(8, (1, 2))
+    assert (plain.origin, priced.origin) == (
+        "sensitivity, signed",
+        "sensitivity, signed per cost",
+    )
+
+
+def test_estimates_of_a_block_are_added_up() -> None:
+    space = toy(4, Budget("blocks", drop=1), "block")
+    assert only("sensitivity", space, SENSITIVE).mask == Mask.dropping(8, (2, 3))
+    signed = only("sensitivity", space, SENSITIVE, estimate="signed")
+    assert signed.mask == Mask.dropping(8, (0, 1))
+
+
+def test_hints_without_gradients_are_refused() -> None:
+    space = SPACES["sublayer"]
+    hints = replace(Landscape(12).hints(), sensitivity=None)
+    with pytest.raises(InputError, match="the hints hold none"):
+        only("sensitivity", space, hints)
+
+
+def test_only_sensitivity_needs_gradients() -> None:
+    assert [method for method in SEARCHERS if needs_sensitivity(method)] == ["sensitivity"]
 
 
 def test_a_window_that_fails_gives_way_to_the_next() -> None:

@@ -48,6 +48,7 @@ Count = Annotated[Whole, Field(ge=1)]
 Tokens = Annotated[Whole, Field(ge=2)]
 Repair = Literal["none", "table", "gap", "sequential"]
 Finish = Literal["none", "gap", "sequential"]
+Loss = Literal["kl", "cross_entropy", "angular", "norm", "js"]
 
 
 def parse_amount(text: str, metric: str) -> int:
@@ -254,8 +255,10 @@ class CalibrationConfig(_Section):
 class ObjectiveConfig(_Section):
     """What "loss" means. Lower is better."""
 
-    kind: Literal["kl", "cross_entropy"] = "kl"
-    """KL divergence to the dense model, or cross-entropy on the text itself"""
+    kind: Loss = "kl"
+    """KL divergence to the dense model (kl), cross-entropy on the text itself, or a distance of the
+    masked model's logits to the dense model's: their angle (angular), the norm of their difference
+    (norm), or the Jensen-Shannon divergence of the probabilities (js)"""
     positions: Annotated[float, Field(gt=0, le=1)] = 0.25
     """share of the token positions that the loss is computed on"""
 
@@ -273,6 +276,9 @@ class SearchConfig(_Section):
     """budget in candidates judged"""
     finalists: Count = 8
     """candidates ranked again on fresh text at the end"""
+    score: Loss | None = None
+    """what masks are compared by in the search, as in objective.kind, which still ranks the
+    finalists; left out: the same"""
     racing: bool = True
     """stop judging a candidate once it can't win any more"""
     batch: Count | None = None
@@ -421,6 +427,11 @@ class RunConfig(_Section):
     """for several budgets at once, such as {budgets: [{keep_params: 0.9}, {keep_params: 0.8}]}"""
     tracking: TrackingConfig = TrackingConfig()
     """an experiment tracker, such as {kind: tensorboard}"""
+
+    @property
+    def score(self) -> Loss:
+        """What masks are compared by in the search; its finalists are ranked by the objective."""
+        return self.search.score or self.objective.kind
 
     @field_validator("front", mode="after")
     @classmethod

@@ -83,6 +83,17 @@ class Accounting:
         """The dense residual stream of `tokens` tokens: inside the blocks attention runs twice."""
         return tokens * (sum(self.site_flops) + sum(self.site_flops[::2])) / self.dense_flops
 
+    def gradients(self, sequences: int) -> float:
+        """Gradients of gates on `sequences` sequences: blocks run twice (the last once), and back.
+
+        Without gradients of weights a product with a weight costs backwards what it does forwards;
+        one of two activations costs twice that, so attention counts twice there, which is somewhat
+        too much. The head runs once each way, at the positions looked at.
+        """
+        body = 3 * sum(self.site_flops) - sum(self.site_flops[-2:]) + sum(self.site_flops[::2])
+        head = 2 * self.looked_at * sequences * self.head_flops
+        return (body * sequences * self.window_tokens + head) / self.dense_flops
+
 
 def width(mode: Mode) -> int:
     """Neighbouring sites that are run at once in `mode`."""

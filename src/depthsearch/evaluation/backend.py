@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from depthsearch.space import Hints, Mask, Status
+from depthsearch.space import Hints, Mask, Sensitivity, Status
 
 
 @dataclass(frozen=True)
@@ -68,4 +68,11 @@ class Backend(Protocol):
 
     def hints(self) -> tuple[Hints, float]:
         """Similarities of the dense residual stream, and the `cost_tokens` they took."""
+        ...
+
+    def sensitivity(self) -> tuple[Sensitivity, float]:
+        """First-order estimates of what each site is worth, and the `cost_tokens` they took.
+
+        Raises ModelError where there are no gradients to be had.
+        """
         ...

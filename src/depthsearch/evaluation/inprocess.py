@@ -15,13 +15,14 @@ from depthsearch.evaluation.accounting import Accounting
 from depthsearch.evaluation.backend import UnitResult
 from depthsearch.evaluation.prefix import PrefixWalk
 from depthsearch.evaluation.samples import draw_samples, halved, unit_result
+from depthsearch.evaluation.sensitivity import gate_sensitivity
 from depthsearch.evaluation.similarity import HINT_BATCHES, Similarities
 from depthsearch.evaluation.stepping import Stepper
 from depthsearch.evaluation.tabled import RepairTable
 from depthsearch.evaluation.turns import Turn
 from depthsearch.model.anatomy import Anatomy
 from depthsearch.model.replay import Mode, Recording, Replayer
-from depthsearch.space import Hints, Mask
+from depthsearch.space import Hints, Mask, Sensitivity
 
 
 class InProcess:
@@ -182,6 +183,11 @@ class InProcess:
         for batch in range(min(HINT_BATCHES, len(self.samples))):
             similarities.add(self.replayer.states(self.recording(batch)), self._device)
         return similarities.hints(), self.accounting.hints(similarities.tokens)
+
+    def sensitivity(self) -> tuple[Sensitivity, float]:
+        """First-order estimates of what each site is worth, over all batches."""
+        found = gate_sensitivity(self.replayer, self.mode, self.samples, self.recording)
+        return found, self.accounting.gradients(sum(self.sequences))
 
     def recording(self, batch: int) -> Recording:
         """One batch as the blocks of the dense model see it."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from depthsearch.evaluation.backend import Backend
-from depthsearch.space import Hints, Mask
+from depthsearch.space import Hints, Mask, Sensitivity
 
 
 class Planner(Backend, Protocol):
@@ -52,3 +52,7 @@ class Planned(Generic[P]):
     def hints(self) -> tuple[Hints, float]:
         """Similarities of the dense residual stream, computed by this process."""
         return self._planner.hints()
+
+    def sensitivity(self) -> tuple[Sensitivity, float]:
+        """First-order estimates of what each site is worth, computed by this process."""
+        return self._planner.sensitivity()

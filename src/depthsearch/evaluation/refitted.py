@@ -21,7 +21,7 @@ from depthsearch.evaluation.samples import halved, unit_result
 from depthsearch.evaluation.stepping import Stepper
 from depthsearch.evaluation.turns import Repair, steps_of
 from depthsearch.model.repair import Patch
-from depthsearch.space import Hints, Mask
+from depthsearch.space import Hints, Mask, Sensitivity
 
 
 class Refitted:
@@ -85,6 +85,10 @@ class Refitted:
     def hints(self) -> tuple[Hints, float]:
         """Similarities of the dense residual stream over the first batches."""
         return self._judge.hints()
+
+    def sensitivity(self) -> tuple[Sensitivity, float]:
+        """First-order estimates of what each site of the unrepaired model is worth."""
+        return self._judge.sensitivity()
 
     def repair(self, mask: Mask) -> tuple[Patch, ...]:
         """The refitted weights of one mask, in the order of their sites."""

@@ -36,6 +36,15 @@ class Sample:
         index = self.positions.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return hidden.gather(1, index).flatten(0, 1).to(self.positions.device)
 
+    def placed(self, found: Tensor, like: Tensor) -> Tensor:
+        """`[sequence, window, hidden]` with `found` at the positions and zeros elsewhere.
+
+        The inverse of `at`, with the shape, type and device of `like`.
+        """
+        index = self.positions.to(like.device).unsqueeze(-1).expand(-1, -1, like.shape[-1])
+        values = found.to(like).unflatten(0, tuple(self.positions.shape))
+        return torch.zeros_like(like).scatter_(1, index, values)
+
     def by_sequence(self, losses: Tensor) -> Tensor:
         """The mean over positions: `[mask, sequence]` of `[mask, sequence * count]`."""
         by_sequence: Tensor = losses.double().unflatten(1, tuple(self.positions.shape))

@@ -25,7 +25,7 @@ from depthsearch.evaluation.samples import draw_samples, is_out_of_memory, joine
 from depthsearch.evaluation.similarity import HINT_BATCHES, Similarities
 from depthsearch.model.replay import Mode, Replayer
 from depthsearch.model.streaming import StreamedModel
-from depthsearch.space import Hints, Mask, Status
+from depthsearch.space import Hints, Mask, Sensitivity, Status
 
 Losses = Callable[[Sequence[Tensor], Tensor, Tensor], Sequence[Tensor]]
 
@@ -191,6 +191,14 @@ class Streamed:
             for states in stream.states:
                 similarities.add(states, self._streamed.device)
         return similarities.hints(), self._accounting.hints(similarities.tokens)
+
+    def sensitivity(self) -> tuple[Sensitivity, float]:
+        """Not to be had: raises ModelError."""
+        raise ModelError(
+            f"{self._streamed.anatomy.model_class}: gradients would need its blocks from the last "
+            "to the first, which streaming doesn't bring: choose another search.method, or set "
+            "model.streamed to false"
+        )
 
     def _units(self, batches: Sequence[int], masks: Sequence[Mask]) -> list[UnitResult]:
         if not masks:

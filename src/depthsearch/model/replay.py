@@ -167,7 +167,11 @@ class Replayer:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[positions, vocab]` of hidden states `[positions, hidden]` after the last block.
+        """Logits `[positions, vocab]` of hidden states `[positions, hidden]` after all blocks."""
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """As `logits`, but differentiable where gradients are enabled.
 
         Runs the model's own forward (final norm, scaling, head, soft-capping) with the blocks
         replaced by one that injects `hidden`; everything there works position by position.

@@ -74,7 +74,7 @@ def anytime_picture(arms: Sequence[Mapping[str, Any]]) -> Picture | None:
         losses = [float(y) for _, curve in curves for _, y in curve]
         cost_axis(axis)
         axis.set_xlim(0, end * 1.02)
-        axis.set_ylabel("best search loss so far, nats")
+        axis.set_ylabel(f"best search loss so far, {wording.loss_unit(score_of(curves[0][0]))}")
         loss_axis(axis, "y", min(losses), max(losses))
         figure.legend(
             handles=[
@@ -129,10 +129,18 @@ def transfer_picture(arms: Sequence[Mapping[str, Any]]) -> Picture | None:
         xs = [float(dot["select_loss"]) for dot in dots]
         ys = [float(dot["heldout_kl"]) for dot in dots]
         low, high = min(xs + ys), max(xs + ys)
-        axis.plot(
-            [low, high], [low, high], color="#9aa3ad", linewidth=1, linestyle=(0, (2, 3)), zorder=1
-        )
-        axis.set_xlabel("loss on the data the search selected on, nats")
+        one_loss = score_of(known[0]) == "kl"
+        if one_loss:
+            axis.plot(
+                [low, high],
+                [low, high],
+                color="#9aa3ad",
+                linewidth=1,
+                linestyle=(0, (2, 3)),
+                zorder=1,
+            )
+        unit = wording.loss_unit(score_of(known[0]))
+        axis.set_xlabel(f"loss on the data the search selected on, {unit}")
         axis.set_ylabel("held-out KL, nats\n(with standard error)")
         handles = [
             Line2D(
@@ -145,9 +153,10 @@ def transfer_picture(arms: Sequence[Mapping[str, Any]]) -> Picture | None:
             )
             for name in names
         ]
-        handles.append(
-            Line2D([], [], color="#9aa3ad", linestyle=(0, (2, 3)), label="equal on both")
-        )
+        if one_loss:
+            handles.append(
+                Line2D([], [], color="#9aa3ad", linestyle=(0, (2, 3)), label="equal on both")
+            )
         figure.legend(handles=handles, loc="outside right upper")
         return picture(figure, "Held-out KL against the loss on search data, one dot a run.")
 
@@ -232,6 +241,7 @@ def pairs_table(compare: Mapping[str, Any]) -> Table:
 def runs_table(arms: Sequence[Mapping[str, Any]], sites: Sequence[Site]) -> Table:
     """Every run of the comparison on one line."""
     rows = []
+    mixed = len(searched_alike(arms)) < len(arms)
     for arm in arms:
         mask = Mask.from_key(arm["mask"]) if arm.get("mask") else None
         seconds, evaluations = arm.get("seconds"), arm.get("evaluations")
@@ -240,7 +250,7 @@ def runs_table(arms: Sequence[Mapping[str, Any]], sites: Sequence[Site]) -> Tabl
                 str(arm["name"]),
                 str(arm["seed"]),
                 wording.stretches(mask, sites) if mask else wording.NONE,
-                wording.loss(arm.get("select_loss")),
+                wording.loss(arm.get("select_loss")) + (f" ({score_of(arm)})" if mixed else ""),
                 wording.loss(arm.get("finals_loss")),
                 wording.loss(arm.get("heldout_kl"), arm.get("heldout_kl_stderr")),
                 str(evaluations) if evaluations is not None else wording.NONE,
@@ -264,3 +274,15 @@ def runs_table(arms: Sequence[Mapping[str, Any]], sites: Sequence[Site]) -> Tabl
         ),
         tuple(rows),
     )
+
+
+def score_of(arm: Mapping[str, Any]) -> str:
+    """The kind of an arm's search losses."""
+    return str(arm.get("score") or "kl")
+
+
+def searched_alike(arms: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs whose search losses are of the kind that most have: others have no common axis."""
+    kinds = [score_of(arm) for arm in arms]
+    most = max(dict.fromkeys(kinds), key=kinds.count, default="kl")
+    return [arm for arm, kind in zip(arms, kinds, strict=True) if kind == most]

@@ -97,9 +97,13 @@ class RunData:
 
     @cached_property
     def objective(self) -> str:
-        """What the losses measure, for axis labels."""
-        kind = _inside(self.config, "objective", "kind")
-        return "cross-entropy" if kind == "cross_entropy" else "KL divergence to the dense model"
+        """The kind of the losses on fresh data, which the finalists are ranked by."""
+        return str(_inside(self.config, "objective", "kind") or "kl")
+
+    @cached_property
+    def score(self) -> str:
+        """The kind of the losses on search data."""
+        return str(_inside(self.config, "search", "score") or self.objective)
 
     @cached_property
     def method(self) -> str | None:

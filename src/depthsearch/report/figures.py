@@ -189,7 +189,8 @@ def cost_picture(run: RunData) -> Picture:
                 1 if line else 0, Line2D([], [], color=ACCENT, linestyle=(0, (4, 3)), label=label)
             )
         cost_axis(axis)
-        axis.set_ylabel(f"search loss, nats\n({run.objective})")
+        unit = wording.loss_unit(run.score)
+        axis.set_ylabel(f"search loss, {unit}\n({wording.loss_name(run.score)})")
         if losses:
             low, high = min(losses), max(losses)
             if len(steps) > len(finals):
@@ -204,7 +205,7 @@ def cost_picture(run: RunData) -> Picture:
                 )
             loss_axis(axis, "y", low, high)
         figure.legend(handles=handles, loc="outside right upper", labelspacing=0.7)
-        best = f"; the best reaches {line[-1][1]:.4f} nats" if line else ""
+        best = f"; the best reaches {line[-1][1]:.4f} {unit}" if line else ""
         return picture(
             figure, f"Search loss of {len(shown)} evaluations against search cost{best}."
         )
@@ -220,7 +221,8 @@ def finals_picture(run: RunData) -> Picture:
         ends: list[float] = []
         for y, fresh in enumerate(finalists):
             point = run.by_mask.get(fresh.mask)
-            search = point.evaluation if point else None
+            # Losses of two kinds have no axis in common.
+            search = point.evaluation if point and run.score == run.objective else None
             if search is not None and search.loss is not None:
                 axis.plot(
                     [search.loss, fresh.loss or 0.0], [y, y], color="#c3ccd6", linewidth=2, zorder=1
@@ -242,7 +244,8 @@ def finals_picture(run: RunData) -> Picture:
         ]
         axis.set_yticks(range(len(finalists)), labels)
         axis.set_ylim(-0.6, len(finalists) - 0.4)
-        axis.set_xlabel(f"loss, nats ({run.objective}), with standard error")
+        name, unit = wording.loss_name(run.objective), wording.loss_unit(run.objective)
+        axis.set_xlabel(f"loss, {unit} ({name}), with standard error")
         if ends:
             loss_axis(axis, "x", min(ends), max(ends))
         handles = [
@@ -259,6 +262,8 @@ def finals_picture(run: RunData) -> Picture:
             Line2D([], [], linestyle="", marker="s", color=ACCENT, label="on fresh data, baseline"),
             Line2D([], [], linestyle="", marker="o", color=INK, label="on fresh data, chosen"),
         ]
+        if run.score != run.objective:
+            del handles[0]
         figure.legend(handles=handles, loc="outside lower center", ncol=4)
         return picture(
             figure, f"Losses of {len(finalists)} finalists on search data and on fresh data."

@@ -89,6 +89,7 @@ def _part(compare: Mapping[str, Any]) -> dict[str, Any]:
     """What the page shows of one budget."""
     sites = comparison.sites_from_names(compare["sites"])
     arms = compare["arms"]
+    alike = comparison.searched_alike(arms)
     correlation = compare.get("correlation")
     return {
         "budget": str(compare.get("budget_text") or ""),
@@ -100,8 +101,11 @@ def _part(compare: Mapping[str, Any]) -> dict[str, Any]:
         "pairs": comparison.pairs_table(compare),
         "masks": comparison.arms_picture(arms, sites),
         "course": standing.course_picture(compare),
-        "anytime": comparison.anytime_picture(arms),
-        "transfer": comparison.transfer_picture(arms),
+        "anytime": comparison.anytime_picture(alike),
+        "transfer": comparison.transfer_picture(alike),
+        "others": ", ".join(
+            dict.fromkeys(f"{a['name']} ({comparison.score_of(a)})" for a in arms if a not in alike)
+        ),
         "carry": standing.carry_table(compare),
         "correlation": wording.correlation_text(correlation) if correlation else "",
         "runs": comparison.runs_table(arms, sites),
@@ -204,7 +208,8 @@ def _verdict(run: RunData) -> str:
     if run.lead_on_baseline is None:
         return f"It was not measured on the same fresh sequences as {against}."
     lead, error = run.lead_on_baseline
-    measured = f"{abs(lead):.4f} ± {error:.4f} nats on the same fresh sequences"
+    unit = wording.loss_unit(run.objective)
+    measured = f"{abs(lead):.4f} ± {error:.4f} {unit} on the same fresh sequences"
     if abs(lead) <= 2 * error:
         return f"It can't be told apart from {against}: the difference is {measured}."
     return f"It is {'better' if lead > 0 else 'worse'} than {against} by {measured}."
@@ -219,7 +224,8 @@ def _cards(run: RunData) -> list[tuple[str, str, str]]:
         if evaluation is not None:
             where = "on fresh data" if fresh else "on search data"
             error = f"± {evaluation.stderr:.4f} " if evaluation.stderr is not None else ""
-            cards.append(("Loss", f"{evaluation.loss or 0:.4f}", f"{error}nats {where}"))
+            unit = wording.loss_unit(run.objective if fresh else run.score)
+            cards.append(("Loss", f"{evaluation.loss or 0:.4f}", f"{error}{unit} {where}"))
         metric = run.space.budget.metric
         cost = run.space.cost(run.best)
         cards.append(

@@ -131,6 +131,7 @@ def _changes(before: Mask, after: Mask, sites: Sequence[Site]) -> str:
 
 def search_summary(run: RunData) -> Table:
     """What the search did and spent."""
+    kinds = [run.score] if run.score == run.objective else [run.score, run.objective]
     rows = [
         ("State", f"finished ({run.end_reason})" if run.end_reason else "not finished"),
         ("Evaluations", f"{len(run.points):,}"),
@@ -142,6 +143,8 @@ def search_summary(run: RunData) -> Table:
         ("Calibration tokens judged", f"{judged:,}"),
         ("Search cost", f"{run.cost_tokens:,.0f} dense-equivalent tokens"),
     ]
+    for kind, what in zip(kinds, ("Loss", "Loss of the finalists"), strict=False):
+        rows.append((what, f"{wording.loss_name(kind)}, {wording.loss_unit(kind)}"))
     rows.append(("Time from first to last record", wording.duration(run.seconds)))
     return Table(("", ""), tuple(rows))
 

@@ -24,6 +24,13 @@ _NAMES = {
     "sites": "Sublayers",
     "blocks": "Blocks",
 }
+_LOSSES = {
+    "kl": ("KL divergence to the dense model", "nats"),
+    "cross_entropy": ("cross-entropy", "nats"),
+    "angular": ("angle to the dense model's logits", "half turns"),
+    "norm": ("distance to the dense model's logits", "logits"),
+    "js": ("Jensen-Shannon divergence to the dense model", "nats"),
+}
 
 
 def metric_name(metric: str, inside: bool = False) -> str:
@@ -44,10 +51,20 @@ def amount(value: float, metric: str = "") -> str:
 
 
 def loss(value: float | None, stderr: float | None = None) -> str:
-    """A loss in nats with its standard error, or a dash for none."""
+    """A loss with its standard error, or a dash for none."""
     if value is None:
         return NONE
     return f"{value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "")
+
+
+def loss_name(kind: str) -> str:
+    """What a loss of that kind measures, such as an axis says it."""
+    return _LOSSES.get(kind, (kind, ""))[0]
+
+
+def loss_unit(kind: str) -> str:
+    """The unit of a loss of that kind: nats but for the angle and the norm."""
+    return _LOSSES.get(kind, (kind, ""))[1]
 
 
 def signed(value: float) -> str:

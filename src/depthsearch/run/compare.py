@@ -39,7 +39,7 @@ from depthsearch.run.search import Finish, resume, search
 from depthsearch.run.session import Session, check_search, make_space, opened
 from depthsearch.run.standing import NOTHING, measured_entry, ranks_of, section
 from depthsearch.run.verdict import ONE_SEED, overall
-from depthsearch.run.workers import check_repair
+from depthsearch.run.workers import check_gradients, check_repair
 
 OnArm = Callable[[str, int, int, int], OnProgress | None]
 
@@ -70,6 +70,7 @@ def compare(
     for settings in config.compare.arms.values():
         check_search(settings)
         check_repair(config, settings)
+        check_gradients(config, settings)
     _check_out(config, out)
     with opened(config, session) as session:
         return _compare(config, out, session, on_arm, on_heldout, finish)
@@ -118,9 +119,8 @@ def _compare(
         ],
         on_heldout,
     )
-    objective = config.objective.kind
     measured = [
-        [measured_entry(entry, improved[entry["run"]], heldout, objective) for entry in found]
+        [measured_entry(entry, improved[entry["run"]], heldout) for entry in found]
         for found in entries
     ]
     sections = [
@@ -196,7 +196,7 @@ def _run_all(
                 ) from error
             failed[run.place].append({"name": run.arm, "seed": run.seed, "error": str(error)})
             continue
-        entry = _entry(run.arm, chosen, path)
+        entry = _entry(run.arm, chosen, chosen.score or config.objective.kind, path)
         entries[run.place].append(entry)
         if run.arm == setter:
             costs[key] = entry["cost_tokens"]
@@ -233,7 +233,7 @@ def _section(
     if not entries:
         return about | NOTHING
     arms, anytime = list(config.compare.arms), config.compare.anytime > 0
-    return about | section(arms, entries, heldout, config.objective.kind, anytime)
+    return about | section(arms, entries, heldout, anytime)
 
 
 def _joined(
@@ -292,13 +292,14 @@ def _run_arm(
         search(session.config, run, session=session, on_progress=on_progress, finish=finish)
 
 
-def _entry(arm: str, chosen: SearchConfig, run: Path) -> dict[str, Any]:
+def _entry(arm: str, chosen: SearchConfig, score: str, run: Path) -> dict[str, Any]:
     best = read_json(run / BEST, "the run has not finished")
     records = read_journal(run / JOURNAL)
     return {
         "name": arm,
         "method": chosen.method,
         "seed": chosen.seed,
+        "score": score,
         "run": f"{ARMS}/{run.name}",
         "mask": best["mask"],
         "origin": best["origin"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +17,7 @@ from depthsearch.evaluation import Backend, evaluate
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.points import Contest, Finalists, FrontPoint
 from depthsearch.run.replaying import ask_size, searcher_rng
-from depthsearch.searchers import build_searcher
+from depthsearch.searchers import build_searcher, needs_sensitivity
 from depthsearch.space import (
     Batch,
     Evaluation,
@@ -39,6 +39,7 @@ class Plan:
     """What to search with: method, options, seed, limits on cost, and finalists to re-rank.
 
     `cost_tokens` bounds everything: hints, search and finals. `ask` bounds the masks of one ask.
+    So many of the best `baselines` are among the finalists, whatever their rank.
     """
 
     method: str
@@ -49,6 +50,7 @@ class Plan:
     finalists: int = 8
     racing: bool = True
     ask: int | None = None
+    baselines: int = 1
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,9 @@ class SearchLoop:
         def compute() -> dict[str, Any]:
             hints, cost = self._select.hints()
             cost += self._select.preparation
+            if needs_sensitivity(self._plan.method):
+                sensitivity, more = self._select.sensitivity()
+                hints, cost = replace(hints, sensitivity=sensitivity), cost + more
             return {"op": "hints", **hints.to_json(), "cost_tokens": cost}
 
         record = self._ledger.recall("hints", compute)
@@ -210,8 +215,9 @@ class SearchLoop:
         return self._finals.preparation + max(least, self._finals.plan(self._finalists().masks))
 
     def _finalists(self) -> Finalists:
-        """The masks to re-rank, the best and the best baseline first, and all baselines."""
-        return self._contest.finalists(self._known, self._origins, self._plan.finalists)
+        """The masks to re-rank, the best and the best baselines first, and all baselines."""
+        plan = self._plan
+        return self._contest.finalists(self._known, self._origins, plan.finalists, plan.baselines)
 
     def _step(self, number: int, batch: Batch) -> list[Evaluation]:
         survivors = batch.survivors if self._plan.racing else None
@@ -362,6 +368,9 @@ def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend)
     dense = [space.dense]
     # Hints run the dense model on at most all of the text, and its attentions twice.
     least = select.preparation + 3 * select.plan(dense)
+    if needs_sensitivity(plan.method):
+        # Twice forwards, and backwards with its attentions twice.
+        least += 4 * select.plan(dense)
     least += finals.preparation + 2 * len(space.points) * finals.plan(dense)
     if plan.cost_tokens < least:
         raise ConfigError(

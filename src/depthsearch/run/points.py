@@ -54,7 +54,7 @@ def paired_lead(ours: Evaluation, theirs: Evaluation) -> tuple[float, float] | N
 
 @dataclass(frozen=True)
 class Finalists:
-    """The masks to judge again: for each point the best and the best baseline first.
+    """The masks to judge again: for each point the best and the best baselines first.
 
     `needed` is how many of `masks` that is; `baselines` holds every complete baseline.
     """
@@ -86,9 +86,13 @@ class Contest:
         return [mask for mask, fits in self._fits.items() if fits[place]]
 
     def finalists(
-        self, known: Mapping[Mask, Evaluation], origins: Mapping[Mask, str], count: int
+        self,
+        known: Mapping[Mask, Evaluation],
+        origins: Mapping[Mask, str],
+        count: int,
+        baselines: int = 1,
     ) -> Finalists:
-        """The best `count` of every point and its best baseline, the points in turn."""
+        """The best `count` of every point and its best `baselines`, the points in turn."""
         complete = sorted(
             (e for mask in self._fits if (e := known[mask]).status is Status.OK),
             key=lambda evaluation: evaluation.order,
@@ -97,7 +101,7 @@ class Contest:
         ranks: list[list[Mask]] = []
         for place in range(len(self.points)):
             mine = [e.mask for e in complete if self._fits[e.mask][place]]
-            heads += [*mine[:1], *[m for m in mine if is_baseline(origins[m])][:1]]
+            heads += [*mine[:1], *[m for m in mine if is_baseline(origins[m])][:baselines]]
             ranks.append(mine[: max(1, count)])
         turns = [mask for row in zip_longest(*ranks) for mask in row if mask is not None]
         return Finalists(

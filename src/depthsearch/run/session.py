@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,10 +40,12 @@ from depthsearch.run.replaying import searcher_options
 from depthsearch.run.workers import (
     Workers,
     check_cluster,
+    check_gradients,
     check_repair,
     computing_device,
     host_bytes,
     threads_of,
+    worker_text,
 )
 from depthsearch.searchers import check_options
 from depthsearch.sources import is_path
@@ -73,6 +74,7 @@ class Session:
         check_search(config.search)
         check_cluster(config)
         check_repair(config, config.search)
+        check_gradients(config, config.search)
         threads = threads_of(config)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -135,13 +137,10 @@ class Session:
     def backends(self, splits: Splits, seed: int) -> tuple[Backend, Backend]:
         """What judges masks in the search, and what judges its finalists."""
         search = self.config.search
+        fit = [self._fit_windows(splits, final=final) for final in (False, True)]
         return (
-            self.backend(
-                splits.select, seed, search.repair, self._fit_windows(splits, final=False)
-            ),
-            self.backend(
-                splits.finals, seed, search.finished, self._fit_windows(splits, final=True)
-            ),
+            self.backend(splits.select, seed, search.repair, fit[0], self.config.score),
+            self.backend(splits.finals, seed, search.finished, fit[1]),
         )
 
     def repair(
@@ -168,34 +167,22 @@ class Session:
         seed: int,
         repair: Repair = "none",
         fit: torch.Tensor | None = None,
+        score: str | None = None,
     ) -> Backend:
-        """The configured backend for the configured objective on `windows`.
+        """The configured backend for the configured objective, or another `score`, on `windows`.
 
         With a `repair` masks are fitted on the windows `fit` first.
         """
-        objective = self.config.objective
-        loss = OBJECTIVES[objective.kind]()
-        here = self._here(windows, loss, objective.positions, seed, repair, fit)
+        objective, calibration = self.config.objective, self.config.calibration
+        kind = score or objective.kind
+        here = self._here(windows, OBJECTIVES[kind](), objective.positions, seed, repair, fit)
         if self.config.cluster.backend == "in-process":
             return here
         from depthsearch.evaluation.ray_backend import RayBackend
         from depthsearch.evaluation.spread import SpreadStreamed
-        from depthsearch.evaluation.worker import Text
 
-        digest = hashlib.sha256(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
-        if repair != "none" and fit is not None:
-            digest.update(repair.encode() + fit.numpy().tobytes())
-        text = Text(
-            name=f"{digest.hexdigest()[:16]}-{seed}-{objective.positions:g}",
-            windows=windows.numpy(),
-            objective=objective.kind,
-            mode=str(self.check.mode),
-            batch_tokens=self.config.calibration.batch_tokens,
-            positions=objective.positions,
-            seed=seed,
-            fit=None if fit is None or repair == "none" else fit.numpy(),
-            repair=repair,
-        )
+        judged = (kind, str(self.check.mode), calibration.batch_tokens, objective.positions, seed)
+        text = worker_text(windows, *judged, repair=repair, fit=fit)
         cluster = self.workers.start(self.config, self.loaded)
         if isinstance(here, Streamed):
             cluster.crew.add_text(text)
@@ -261,6 +248,10 @@ class Session:
         ]
         return "".join(parts)
 
+    @property
+    def _one_loss(self) -> bool:
+        return self.config.score == self.config.objective.kind
+
     def plan(self) -> Plan:
         """The search part of the configuration."""
         search = self.config.search
@@ -273,6 +264,8 @@ class Session:
             finalists=search.finalists,
             racing=search.racing,
             ask=search.batch,
+            # The lowest by the score needn't be lowest by the objective, so several are ranked.
+            baselines=1 if self._one_loss else max(1, search.finalists // 2),
         )
 
     @cached_property
@@ -294,6 +287,8 @@ class Session:
     def signature(self, splits: Splits, seed: int) -> dict[str, Any]:
         """What a figure cannot be separated from: versions, model, data, protocol, seed, dtype."""
         calibration, objective = self.config.calibration, self.config.objective
+        finals = "" if self._one_loss else f", finals on {objective.kind}"
+        searched = f"search on {self.config.score}{finals}"
         return {
             "depthsearch": __version__,
             "torch": torch.__version__,
@@ -314,7 +309,7 @@ class Session:
                 f"{calibration.window_tokens} tokens"
             ),
             "protocol": (
-                f"search on {objective.kind}, windows of {calibration.window_tokens} tokens, "
+                f"{searched}, windows of {calibration.window_tokens} tokens, "
                 f"{100 * objective.positions:g} % of positions, select {len(splits.select)} / "
                 f"finals {len(splits.finals)} / held-out {len(splits.heldout)} windows, "
                 f"batches of {calibration.batch_tokens} tokens, {self._repair_text}"

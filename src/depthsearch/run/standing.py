@@ -34,7 +34,7 @@ NOTHING: dict[str, Any] = {
 
 
 def measured_entry(
-    entry: Mapping[str, Any], shown: Sequence[Improvement], heldout: Heldout, objective: str
+    entry: Mapping[str, Any], shown: Sequence[Improvement], heldout: Heldout
 ) -> dict[str, Any]:
     """A run with its held-out figures, and those of the masks `shown` from its course.
 
@@ -42,7 +42,7 @@ def measured_entry(
     None where it judged something that is not measured on held-out text.
     """
     figures, cut = heldout.of(entry["run"], entry["mask"]), heldout.cut[entry["mask"]]
-    same = _alike(entry, entry["mask"], heldout, objective)
+    same = _alike(entry, entry["mask"], heldout)
     return {
         **entry,
         "heldout_kl": _mean(figures.kl),
@@ -66,7 +66,7 @@ def measured_entry(
 
 
 def section(
-    arms: Sequence[str], entries: Entries, heldout: Heldout, objective: str, anytime: bool
+    arms: Sequence[str], entries: Entries, heldout: Heldout, anytime: bool
 ) -> dict[str, Any]:
     """Everything that the runs at one budget add up to, by arm in the order of `arms`."""
     rng = np.random.default_rng(0)
@@ -78,19 +78,19 @@ def section(
     # What came later draws from a generator of its own: the figures above stay as they were.
     rng = np.random.default_rng(1)
     for row, found in zip(summary, by_arm.values(), strict=True):
-        row |= _gap(found, heldout, objective, rng)
+        row |= _gap(found, heldout, rng)
     courses = (
         [{"arm": arm, **_course(found, heldout, rng)} for arm, found in by_arm.items()]
         if anytime
         else []
     )
-    correlation = _correlation(entries, heldout, objective, rng)
+    correlation = _correlation(entries, heldout, rng)
     # Leads are held against each other where results are what the search judged.
     alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row, found in zip(summary, by_arm.values(), strict=True):
-        kind = _kind(found[0])
-        if kind[0] == kind[1]:
-            alike.setdefault(kind, []).append(row)
+        judged, finished = _kind(found[0])
+        if judged == finished:
+            alike.setdefault((found[0]["score"], judged), []).append(row)
     warnings = warnings_of(list(alike.values()), pairs, courses, correlation)
     return {
         "cost_tokens": _mean([e["cost_tokens"] for e in entries]),
@@ -167,13 +167,11 @@ def _pairs(tables: Mapping[str, np.ndarray], rng: np.random.Generator) -> list[d
     return pairs
 
 
-def _gap(
-    found: Entries, heldout: Heldout, objective: str, rng: np.random.Generator
-) -> dict[str, float | None]:
+def _gap(found: Entries, heldout: Heldout, rng: np.random.Generator) -> dict[str, float | None]:
     """Held-out minus search loss with an interval over seeds and held-out windows."""
     if any(entry["gap"] is None for entry in found):
         return {"gap_mean": None, "gap_low": None, "gap_high": None}
-    losses = [_alike(entry, entry["mask"], heldout, objective) for entry in found]
+    losses = [_alike(entry, entry["mask"], heldout) for entry in found]
     select = np.array([[entry["select_loss"]] for entry in found])
     interval = bootstrap_interval(np.array(losses) - select, rng)
     return {"gap_mean": interval.mean, "gap_low": interval.low, "gap_high": interval.high}
@@ -192,19 +190,19 @@ def _course(found: Entries, heldout: Heldout, rng: np.random.Generator) -> dict[
 
 
 def _correlation(
-    entries: Entries, heldout: Heldout, objective: str, rng: np.random.Generator
+    entries: Entries, heldout: Heldout, rng: np.random.Generator
 ) -> dict[str, Any] | None:
     """Whether masks rank alike on search data and on held-out text.
 
-    Compared are masks that were judged on the same text and repaired alike.
+    Compared are masks that were judged by one loss on the same text and repaired alike.
     """
     groups: dict[tuple[Any, ...], dict[tuple[float, ...], float]] = {}
     for entry in entries:
         # A mask that several arms found counts once.
-        group = groups.setdefault((entry["seed"], _kind(entry)), {})
+        group = groups.setdefault((entry["seed"], entry["score"], _kind(entry)), {})
         known = {shown["mask"]: shown["select_loss"] for shown in entry["anytime_heldout"]}
         for mask, loss in {entry["mask"]: entry["select_loss"], **known}.items():
-            losses = _alike(entry, mask, heldout, objective)
+            losses = _alike(entry, mask, heldout)
             group[losses or heldout.of(entry["run"], mask).kl] = loss
     tables = [(list(group.values()), list(group)) for group in groups.values()]
     correlation = rank_correlation(tables, rng)
@@ -219,15 +217,13 @@ def _correlation(
     }
 
 
-def _alike(
-    entry: Mapping[str, Any], mask: str, heldout: Heldout, objective: str
-) -> tuple[float, ...] | None:
+def _alike(entry: Mapping[str, Any], mask: str, heldout: Heldout) -> tuple[float, ...] | None:
     """Held-out losses by window of a mask as the search judged it, None where not measured."""
     judged, finished = _kind(entry)
     if judged not in ("none", finished):
         return None
     figures = heldout.cut[mask] if judged == "none" else heldout.of(entry["run"], mask)
-    return {"kl": figures.kl, "cross_entropy": figures.ce}.get(objective)
+    return {"kl": figures.kl, "cross_entropy": figures.ce}.get(entry["score"])
 
 
 def _kind(entry: Mapping[str, Any]) -> tuple[str, str]:

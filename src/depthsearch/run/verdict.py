@@ -12,6 +12,7 @@ ONE_PASS = (
     "angular_window",
     "block_influence",
     "similarity",
+    "sensitivity",
     "single_removal",
     "additive",
 )

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from depthsearch.config import ModelConfig, RunConfig, SearchConfig
 from depthsearch.errors import ConfigError
 from depthsearch.evaluation.ray_environment import spare_dumps, stay_local
+from depthsearch.evaluation.turns import Repair
 from depthsearch.model.load import LoadedModel
+from depthsearch.searchers import needs_sensitivity
 from depthsearch.sources import is_path
 
 if TYPE_CHECKING:
     from depthsearch.evaluation.ray_backend import Cluster
+    from depthsearch.evaluation.worker import Text
 
 
 class Workers:
@@ -63,6 +68,36 @@ class Workers:
         self.cluster = None
 
 
+def worker_text(
+    windows: Tensor,
+    objective: str,
+    mode: str,
+    batch_tokens: int,
+    positions: float,
+    seed: int,
+    *,
+    repair: Repair = "none",
+    fit: Tensor | None = None,
+) -> Text:
+    """A text as workers take it, under a name that no other text of the session has."""
+    from depthsearch.evaluation.worker import Text
+
+    digest = hashlib.sha256(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
+    if repair != "none" and fit is not None:
+        digest.update(repair.encode() + fit.numpy().tobytes())
+    return Text(
+        name=f"{digest.hexdigest()[:16]}-{seed}-{objective}-{positions:g}",
+        windows=windows.numpy(),
+        objective=objective,
+        mode=mode,
+        batch_tokens=batch_tokens,
+        positions=positions,
+        seed=seed,
+        fit=None if fit is None or repair == "none" else fit.numpy(),
+        repair=repair,
+    )
+
+
 def computing_device(config: RunConfig, loaded: LoadedModel) -> str:
     """Where losses are computed: the kind, since the number of GPUs changes none."""
     on_gpu = config.cluster.backend == "ray" and config.cluster.num_gpus > 0
@@ -102,6 +137,16 @@ def check_repair(config: RunConfig, search: SearchConfig) -> None:
     if config.model.streamed and {search.repair, search.finished} != {"none"}:
         raise ConfigError(
             "model.streamed can't refit weights: set search.repair and search.finish to none"
+        )
+
+
+def check_gradients(config: RunConfig, search: SearchConfig) -> None:
+    """Refuse methods that need gradients where there are none; raises ConfigError."""
+    if config.model.streamed and needs_sensitivity(search.method):
+        raise ConfigError(
+            f"search.method is {search.method}, which needs gradients through the whole model, but "
+            "model.streamed holds one block at a time: choose another method, or set "
+            "model.streamed to false"
         )
 
 

@@ -22,11 +22,13 @@ from depthsearch.searchers.mcts import MctsOptions, MctsSearcher
 from depthsearch.searchers.oneshot import (
     AngularWindowOptions,
     BlockInfluenceOptions,
+    SensitivityOptions,
     SimilarityOptions,
     SingleRemovalOptions,
     WindowsOptions,
     angular_window_plan,
     block_influence_plan,
+    sensitivity_plan,
     similarity_plan,
     single_removal_plan,
     windows_plan,
@@ -55,6 +57,11 @@ def check_options(method: str, options: Options) -> None:
     parse_options(_method(method).options, method, options)
 
 
+def needs_sensitivity(method: str) -> bool:
+    """Whether the hints of a method must hold `sensitivity`; raises ConfigError for no method."""
+    return _method(method).sensitivity
+
+
 def check_storage(method: str, options: Options) -> None:
     """Refuse an Optuna search whose packages or storage are not there; raises ConfigError."""
     if method == "optuna":
@@ -65,10 +72,14 @@ def check_storage(method: str, options: Options) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """The options of a method, and what builds its searcher from them once they are parsed."""
+    """The options of a method, and what builds its searcher from them once they are parsed.
+
+    `sensitivity` says that its hints must hold one.
+    """
 
     options: type
     build: Callable[[SearchSpace, Hints, np.random.Generator, Any], Searcher | Plan]
+    sensitivity: bool = False
 
 
 _METHODS: Mapping[str, Method] = {
@@ -79,6 +90,11 @@ _METHODS: Mapping[str, Method] = {
     ),
     "similarity": Method(
         SimilarityOptions, lambda space, hints, _, o: similarity_plan(space, hints, o)
+    ),
+    "sensitivity": Method(
+        SensitivityOptions,
+        lambda space, hints, _, o: sensitivity_plan(space, hints, o),
+        sensitivity=True,
     ),
     "angular_window": Method(
         AngularWindowOptions, lambda space, hints, *_: angular_window_plan(space, hints)
@@ -127,4 +143,5 @@ __all__ = [
     "check_options",
     "check_storage",
     "is_baseline",
+    "needs_sensitivity",
 ]

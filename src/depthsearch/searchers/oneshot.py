@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from depthsearch.errors import InputError
 from depthsearch.searchers.baselines import BLOCK_INFLUENCE, SINGLE_REMOVAL, window_baselines
 from depthsearch.searchers.options import at_least
 from depthsearch.searchers.protocol import propose
@@ -23,6 +24,7 @@ from depthsearch.searchers.staged import Answers, Plan
 from depthsearch.space import Batch, Hints, Proposal, SearchSpace, Status
 
 SIMILARITY = "similarity"
+SENSITIVITY = "sensitivity"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,18 @@ class SimilarityOptions:
     """
 
     target: Literal["joint", "attention", "ffn"] = "joint"
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """Which first-order estimate ranks, and whether it is divided by the cost freed.
+
+    `magnitude` is the mean over sequences of |dL/dg|; `signed` is the loss change expected, -dL/dg,
+    so that what should lower the loss goes first.
+    """
+
+    estimate: Literal["magnitude", "signed"] = "magnitude"
+    per_cost: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,30 @@ def similarity_plan(space: SearchSpace, hints: Hints, options: SimilarityOptions
             ("attention", "FFN") if options.target == "attention" else ("FFN", "attention")
         )
         origin = f"{SIMILARITY} of {first}, then {then}"
+    yield Batch((Proposal(space.decode(keys), origin),))
+
+
+def sensitivity_plan(space: SearchSpace, hints: Hints, options: SensitivityOptions) -> Plan:
+    """The one mask of the ranking by first-order sensitivity to a gate on each sublayer.
+
+    Molchanov et al., arXiv 1611.06440, with a gate for each sublayer; LLM-Pruner (arXiv 2305.11627)
+    ranks groups of weights likewise, and as there the estimates of a group are added up. They are
+    of the cross-entropy, whatever the objective is: the KL divergence to the dense model and every
+    other distance to it is at its lowest there, where its gradient is zero or none. Raises
+    InputError for hints without a sensitivity.
+    """
+    if hints.sensitivity is None:
+        raise InputError(
+            f"the method '{SENSITIVITY}' ranks by gradients, but the hints hold none: hand in "
+            "hints with a sensitivity"
+        )
+    of_site = getattr(hints.sensitivity, options.estimate)
+    keys = [sum(of_site[i] for i in gene) for gene in space.genes]
+    if options.per_cost:
+        dense = space.cost(space.dense)
+        freed = [dense - space.cost(space.dense.without(gene)) for gene in space.genes]
+        keys = [price(key, cost) for key, cost in zip(keys, freed, strict=True)]
+    origin = f"{SENSITIVITY}, {options.estimate}" + (" per cost" if options.per_cost else "")
     yield Batch((Proposal(space.decode(keys), origin),))
 
 

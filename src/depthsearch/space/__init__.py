@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from depthsearch.space.budget import Budget
 from depthsearch.space.cost import METRICS, CostTable, SiteCosts
-from depthsearch.space.evaluation import Batch, Evaluation, Hints, Proposal, Stage, Status
+from depthsearch.space.evaluation import (
+    Batch,
+    Evaluation,
+    Hints,
+    Proposal,
+    Sensitivity,
+    Stage,
+    Status,
+)
 from depthsearch.space.front import front_metrics, front_of, nondominated
 from depthsearch.space.mask import Mask, mask_from_names
 from depthsearch.space.packing import is_packable, pairing
@@ -24,6 +32,7 @@ __all__ = [
     "Mask",
     "Proposal",
     "SearchSpace",
+    "Sensitivity",
     "Site",
     "SiteCosts",
     "Stage",

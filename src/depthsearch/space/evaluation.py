@@ -137,17 +137,46 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """First-order estimates of what closing the gate g of one site does to the loss L, `[sites]`.
+
+    A gate multiplies what its site adds to the residual stream; L is the cross-entropy in nats a
+    position. `signed` is the change expected by a step from g = 1 to 0, -dL/dg, averaged over
+    sequences. `magnitude` is the mean over sequences of |dL/dg| (Molchanov et al., "Pruning
+    Convolutional Neural Networks for Resource Efficient Inference", 2017, arXiv 1611.06440: the
+    Taylor criterion, of one gate a site instead of a feature map).
+    """
+
+    signed: tuple[float, ...]
+    magnitude: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"signed": list(self.signed), "magnitude": list(self.magnitude)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Sensitivity:
+        """Rebuild from `to_json`."""
+        signed, magnitude = (tuple(map(float, data[key])) for key in ("signed", "magnitude"))
+        return cls(signed, magnitude)
+
+
+@dataclass(frozen=True)
 class Hints:
-    """What one pass of the dense model tells, `[sites + 1, sites + 1]` each.
+    """What the dense model tells about its sites before any mask is judged.
+
+    Similarities, `[sites + 1, sites + 1]` each, come from one pass.
 
     Entry `[i][j]` compares the residual stream before site i with the one before site j (the last
     row is the stream after the last site): `cosine`, the mean cosine similarity over tokens
     (ShortGPT's block influence is one minus it), and `angular`, the mean arccos divided by pi
-    ("The Unreasonable Ineffectiveness of the Deeper Layers", eq. 7).
+    ("The Unreasonable Ineffectiveness of the Deeper Layers", eq. 7). `sensitivity` is there only
+    for a method that needs it.
     """
 
     cosine: tuple[tuple[float, ...], ...]
     angular: tuple[tuple[float, ...], ...]
+    sensitivity: Sensitivity | None = None
 
     def influence(self, group: Sequence[int]) -> float:
         """One minus the cosine similarity across a run of neighbouring sites."""
@@ -158,6 +187,7 @@ class Hints:
         return {
             "cosine": [list(row) for row in self.cosine],
             "angular": [list(row) for row in self.angular],
+            **({"sensitivity": self.sensitivity.to_json()} if self.sensitivity else {}),
         }
 
     @classmethod
@@ -166,4 +196,5 @@ class Hints:
         return cls(
             tuple(tuple(float(x) for x in row) for row in data["cosine"]),
             tuple(tuple(float(x) for x in row) for row in data["angular"]),
+            Sensitivity.from_json(data["sensitivity"]) if "sensitivity" in data else None,
         )
