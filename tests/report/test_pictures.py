@@ -128,7 +128,8 @@ def test_the_summary_is_ordered_by_held_out_loss(comparison: dict[str, Any]) -> 
 
 def test_templates_are_part_of_the_package() -> None:
     names = {entry.name for entry in (files("depthsearch.report") / "templates").iterdir()}
-    assert names == {"page.html.j2", "macros.html.j2", "run.html.j2", "compare.html.j2"}
+    pages = {"run.html.j2", "compare.html.j2", "calibration.html.j2"}
+    assert names == {"page.html.j2", "macros.html.j2"} | pages
 
 
 def test_stretches_name_the_stack_where_there_are_several() -> None:
