@@ -177,3 +177,22 @@ def test_one_document_alone_can_be_evaluated(make_tokenizer):
 def test_a_text_that_holds_no_window_is_refused(make_tokenizer, length, window, tokens, message):
     with pytest.raises(DataError, match=message):
         text_windows(documents([length]), make_tokenizer(), window, tokens)
+
+
+def test_windows_that_are_raced_on_stand_in_random_order(make_tokenizer):
+    """Documents of four windows: in the order of the text three of four neighbours share one."""
+    docs = documents([23] * 200)
+    sizes = {"window": 6, "select": 6 * 200, "finals": 6 * 200, "heldout": 6 * 40}
+    found = [split(docs, make_tokenizer(), seed, **sizes) for seed in (1, 1, 2)]
+
+    def neighbours(windows):
+        first = windows[:, 0]
+        return float((first[1:] == first[:-1]).float().mean())
+
+    for splits in found:
+        assert neighbours(splits.finals) > 0.7
+        assert neighbours(splits.select) < 0.1
+        _, counts = splits.select[:, 0].unique(return_counts=True)
+        assert counts.tolist() == [4] * 50
+    assert torch.equal(found[0].select, found[1].select)
+    assert not torch.equal(found[0].select, found[2].select)
