@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from depthsearch.errors import ConfigError, NothingFoundError
-from depthsearch.evaluation import Backend, evaluate
+from depthsearch.evaluation import Backend, Racing, evaluate
 from depthsearch.run.ledger import Ledger
 from depthsearch.searchers import build_searcher, is_baseline
 from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Stage, Status
@@ -37,7 +37,7 @@ class Plan:
     cost_tokens: float | None = None
     max_evaluations: int | None = None
     finalists: int = 8
-    racing: bool = True
+    racing: Racing | Literal[False] = field(default_factory=Racing)
     ask: int | None = None
 
 
@@ -165,11 +165,20 @@ class SearchLoop:
             low, high = 0, len(proposals)
             while low < high:
                 middle = (low + high + 1) // 2
-                fits = self._planned(proposals[:middle], batch.stages) <= left
+                stages = self._stages(batch, middle)
+                fits = self._planned(proposals[:middle], stages) <= left
                 low, high = (middle, high) if fits else (low, middle - 1)
             small = self._finishers and 4 * low < len(proposals)
             proposals = proposals[: 0 if small else low]
-        return Batch(proposals, batch.survivors, batch.rivals, batch.stages)
+        stages = self._stages(batch, len(proposals))
+        return Batch(proposals, batch.survivors, batch.rivals, stages)
+
+    def _stages(self, batch: Batch, count: int) -> tuple[Stage, ...]:
+        """The searcher's own cuts of `batch`, else those of the race, for that many masks."""
+        racing = self._plan.racing
+        if batch.stages or not racing:
+            return batch.stages
+        return racing.stages(count, batch.survivors, self._select.sequences)
 
     def _planned(self, proposals: Sequence[Proposal], stages: Sequence[Stage]) -> float:
         """The most that evaluating these may cost, with what stages are sure to save."""
@@ -209,7 +218,8 @@ class SearchLoop:
         return list(dict.fromkeys([*ranked[:1], *baselines[:1], *ranked])), baselines
 
     def _step(self, number: int, batch: Batch) -> list[Evaluation]:
-        survivors = batch.survivors if self._plan.racing else None
+        racing = self._plan.racing
+        survivors = batch.survivors if racing and racing.method == "paired" else None
         self._ledger.commit(
             {
                 "op": "ask",
@@ -230,6 +240,7 @@ class SearchLoop:
                 survivors=survivors,
                 rivals=[self._known[mask] for mask in batch.rivals if mask in self._known],
                 stages=batch.stages,
+                error_rate=(racing or Racing()).error_rate,
                 on_unit=lambda done, total, cost: self._report(
                     "search", self._spent + once + cost, done / total, batch.proposals
                 ),
