@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from depthsearch.config import BudgetConfig, config_from_mapping
-from depthsearch.config.schema import ClusterConfig, ModelConfig, parse_amount
+from depthsearch.config import BudgetConfig, config_from_mapping, resolved_yaml
+from depthsearch.config.schema import ClusterConfig, ModelConfig, RacingConfig, parse_amount
+from depthsearch.errors import ConfigError
 from depthsearch.space import Budget
 
 SPACES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
@@ -89,3 +91,48 @@ def test_a_model_has_one_device_or_several_gpus(device: str) -> None:
     assert ModelConfig(path="m", device=device).device == device
     with pytest.raises(ValueError, match="pattern"):
         ModelConfig(path="m", device=f"{device},cpu")
+
+
+class TestRacing:
+    def race(self, value: object) -> RacingConfig:
+        config = config_from_mapping(
+            {
+                "model": {"path": "m"},
+                "space": {"budget": {"drop_sites": 1}},
+                "calibration": {"text": "t"},
+                "search": {"racing": value},
+            }
+        )
+        again = config_from_mapping(yaml.safe_load(resolved_yaml(config)))
+        assert again == config
+        return config.search.racing
+
+    @pytest.mark.parametrize(
+        ("value", "race"),
+        [
+            (True, RacingConfig(method="paired", error_rate=0.05)),
+            (False, RacingConfig(method="none")),
+            ({}, RacingConfig()),
+            ({"error_rate": 0.2}, RacingConfig(method="paired", error_rate=0.2)),
+            ({"method": "halving", "eta": 4}, RacingConfig(method="halving", eta=4)),
+        ],
+    )
+    def test_a_switch_or_a_mapping(self, value: object, race: RacingConfig) -> None:
+        assert self.race(value) == race
+        assert bool(race) == (race.method != "none")
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            (0.05, r"search\.racing is 0\.05; must be true, false, or a mapping such as {method"),
+            ("halving", r"search\.racing is 'halving'; must be true, false, or a mapping"),
+            ({"method": "halfing"}, r"search\.racing\.method .* did you mean 'halving'\?"),
+            ({"error_rate": 0}, r"search\.racing\.error_rate is 0; must be greater than 0"),
+            ({"error_rate": 1.0}, r"search\.racing\.error_rate is 1\.0; must be less than 1"),
+            ({"eta": 1}, r"search\.racing\.eta is 1; must be greater than or equal to 2"),
+            ({"eror_rate": 0.1}, r"unknown key 'search\.racing\.eror_rate'; did you mean"),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, value: object, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            self.race(value)

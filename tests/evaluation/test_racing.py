@@ -9,8 +9,8 @@ import pytest
 from tests.evaluation.tiny_backends import assorted_masks, tiny_backend
 from tests.tiny_models import tiny_model
 
-from depthsearch.evaluation import UnitResult, evaluate
-from depthsearch.evaluation.racing import MIN_SEQUENCES, losers
+from depthsearch.evaluation import Racing, UnitResult, evaluate
+from depthsearch.evaluation.elimination import MIN_SEQUENCES
 from depthsearch.space import Evaluation, Hints, Mask, Stage, Status
 
 BATCHES, ROWS, TOKENS = 8, 2, 16
@@ -115,7 +115,7 @@ def test_clear_differences_leave_exactly_the_survivors(survivors: int) -> None:
 
 
 def test_differences_within_the_noise_eliminate_nobody() -> None:
-    """Equal masks: at three standard errors, less than one in twenty is lost by chance."""
+    """Equal masks: less than one in twenty is lost by chance."""
     lost = total = 0
     for seed in range(40):
         backend = table([0.0] * 10, 1.0, seed=seed)
@@ -141,7 +141,6 @@ def test_nobody_is_judged_on_fewer_sequences_than_the_minimum() -> None:
     backend = table([0.0, 100.0], 0.001)
     found, _ = evaluate(backend, names(2), survivors=1)
     assert len(found[1].losses) == MIN_SEQUENCES
-    assert losers({0: [0.0] * 3, 1: [9.0, 8.0, 7.0]}, 1, ()) == []
 
 
 def test_nobody_is_eliminated_after_the_last_batch() -> None:
@@ -262,3 +261,51 @@ def test_failures_are_no_survivors_of_a_stage() -> None:
     assert [e.status for e in found] == [Status.NON_FINITE, Status.OK, Status.ELIMINATED]
     assert complete(found) == [second]
     assert third not in complete(found)
+
+
+def test_the_error_rate_is_that_of_the_race() -> None:
+    """A smaller one stops the same masks later, and some not at all."""
+    means = (0.4 * np.arange(12)).tolist()
+    seen = {}
+    for rate in (0.5, 0.05, 0.0005):
+        found, _ = evaluate(table(means, 1.0, seed=3), names(12), survivors=2, error_rate=rate)
+        seen[rate] = [len(e.losses) for e in found]
+    assert sum(seen[0.5]) < sum(seen[0.05]) < sum(seen[0.0005])
+    for strict, loose in zip(seen[0.0005], seen[0.5], strict=True):
+        assert strict >= loose
+
+
+class TestHalving:
+    halving = Racing("halving")
+
+    def test_rungs_double_the_text_and_halve_the_masks(self) -> None:
+        """16 sequences are too few for the fourth halving, which 16 masks would have."""
+        assert self.halving.stages(16, 1, (4,) * 4) == (Stage(0.25, 8), Stage(0.5, 4))
+        assert self.halving.stages(16, 1, (4,) * 16) == (
+            Stage(1 / 16, 8), Stage(1 / 8, 4), Stage(1 / 4, 2), Stage(1 / 2, 1),
+        )  # fmt: skip
+        assert Racing("halving", eta=3).stages(20, 2, (3,) * 21) == (
+            Stage(1 / 9, 7), Stage(1 / 3, 3),
+        )  # fmt: skip
+
+    def test_never_fewer_than_the_survivors(self) -> None:
+        assert self.halving.stages(16, 5, (4,) * 16) == (Stage(1 / 4, 8), Stage(1 / 2, 5))
+        assert self.halving.stages(5, 5, (4,) * 16) == ()
+        assert self.halving.stages(3, 5, (4,) * 16) == ()
+
+    def test_no_rung_before_a_batch_or_the_fewest_sequences(self) -> None:
+        assert self.halving.stages(16, 1, (8, 8, 8)) == (Stage(0.5, 8),)
+        assert self.halving.stages(16, 1, (1,) * 8) == (Stage(0.5, 8),)
+        assert self.halving.stages(16, 1, (32,)) == ()
+
+    def test_nothing_where_all_must_be_known_or_a_race_is_paired(self) -> None:
+        assert self.halving.stages(16, None, (4,) * 16) == ()
+        assert Racing().stages(16, 1, (4,) * 16) == ()
+
+    def test_a_race_of_rungs_judges_as_many_as_they_say(self) -> None:
+        backend = table((0.5 * np.arange(8)).tolist(), 0.01)
+        stages = self.halving.stages(8, 2, backend.sequences)
+        assert stages == (Stage(0.25, 4), Stage(0.5, 2))
+        found, cost = evaluate(backend, names(8), stages=stages)
+        assert [len(e.losses) for e in found] == [16, 16, 8, 8, 4, 4, 4, 4]
+        assert cost == sum(e.tokens for e in found) == TOKENS * 64

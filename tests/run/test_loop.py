@@ -12,6 +12,7 @@ from tests.run.synthetic import Search
 from tests.searchers.landscapes import toy
 
 from depthsearch.errors import JournalError, NothingFoundError
+from depthsearch.evaluation import Racing
 from depthsearch.journal import Journal, read_journal, without_times
 from depthsearch.run.loop import Outcome, Plan, Progress, choose
 from depthsearch.searchers import SEARCHERS, is_baseline
@@ -248,6 +249,45 @@ def test_racing_saves_and_can_be_switched_off(tmp_path: Path) -> None:
         for run in (raced, whole)
     }  # fmt: skip
     assert statuses == {"raced": {"ok", "eliminated"}, "whole": {"ok"}}
+
+
+def test_halving_stops_at_its_rungs_and_is_resumed(tmp_path: Path) -> None:
+    """One ask of windows: ten sequences leave room for one rung, after half of the text."""
+    plan = replace(PLANS["windows"], max_evaluations=None, racing=Racing("halving"))
+    search = Search(tmp_path / "halved.jsonl", plan, space=toy(12))
+    search.run()
+    records = read_journal(search.path)
+    ask = next(record for record in records if record["op"] == "ask")
+    tell = next(record for record in records if record["op"] == "tell")
+    count = len(ask["proposals"])
+    assert ask["survivors"] is None
+    assert ask["stages"] == [{"share": 0.5, "survivors": max(4, -(-count // 2))}]
+    judged = sorted(len(e["losses"]) for e in tell["evaluations"])
+    assert judged == [6] * (count // 2) + [10] * (count - count // 2)
+    kept = {e["mask"] for e in tell["evaluations"] if e["status"] == "ok"}
+    firsts = sorted(tell["evaluations"], key=lambda e: sum(e["losses"][:6]))
+    assert kept == {e["mask"] for e in firsts[: len(kept)]}
+
+    whole = search.path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    search.path.write_bytes(b"".join(lines[:3]))
+    search.run()
+    again = read_journal(search.path)
+    assert without_times(again) == without_times(records)
+    search.plan = replace(plan, racing=Racing("halving", eta=5))
+    with pytest.raises(JournalError, match="stages"):
+        search.run()
+
+
+def test_a_cost_limit_counts_on_what_halving_saves(tmp_path: Path) -> None:
+    plan = replace(PLANS["random"], max_evaluations=None, cost_tokens=6000.0)
+    counts = {}
+    for name, racing in (("none", False), ("halving", Racing("halving"))):
+        search = Search(tmp_path / name, replace(plan, racing=racing), space=toy(12))
+        outcome = search.run()
+        assert outcome.cost_tokens <= 6000.0
+        counts[name] = outcome.evaluations
+    assert counts["halving"] > counts["none"]
 
 
 def test_finalists_are_the_best_and_the_best_baseline(tmp_path: Path) -> None:

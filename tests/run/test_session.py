@@ -12,6 +12,7 @@ from tests.tiny_runs import workplace_config, write_config, write_workplace
 
 from depthsearch.config import SpaceConfig, load_config
 from depthsearch.errors import BudgetError, ConfigError, DataError, MaskError, ModelError
+from depthsearch.evaluation import Racing
 from depthsearch.model.anatomy import describe
 from depthsearch.run.loop import Outcome
 from depthsearch.run.session import Session, best_json, check_search, make_space, protected_sites
@@ -151,6 +152,21 @@ class TestSplits:
         names = {"batch": "ask"}
         expected = {names.get(key, key): value for key, value in search.items()}
         assert plan == expected | {"baselines": 1}
+
+    @pytest.mark.parametrize(
+        ("racing", "expected"),
+        [
+            (True, Racing()),
+            ({"error_rate": 0.2}, Racing("paired", error_rate=0.2)),
+            ({"method": "halving", "eta": 4}, Racing("halving", eta=4)),
+            ({"method": "none"}, False),
+        ],
+    )
+    def test_the_race_of_the_plan(
+        self, workplace: Path, session: Session, racing: Any, expected: Any
+    ) -> None:
+        config = workplace_config(workplace, search={"racing": racing})
+        assert replace(session, config=config).plan().racing == expected
 
 
 class TestSignature:

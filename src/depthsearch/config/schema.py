@@ -43,6 +43,15 @@ def _frozen(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _mapped(value: object) -> object:
+    """Let `racing: true` and `false` stand for the default race and for none."""
+    if isinstance(value, bool):
+        return {} if value else {"method": "none"}
+    if isinstance(value, Mapping | RacingConfig):
+        return value
+    raise ValueError("must be true, false, or a mapping such as {method: paired, error_rate: 0.05}")
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
 Tokens = Annotated[Whole, Field(ge=2)]
@@ -263,6 +272,21 @@ class ObjectiveConfig(_Section):
     """share of the token positions that the loss is computed on"""
 
 
+class RacingConfig(_Section):
+    """How candidates that a search need not know exactly are stopped early."""
+
+    method: Literal["paired", "halving", "none"] = "paired"
+    """paired stops a candidate once it is worse with confidence than as many masks as matter;
+    halving keeps a share of the best at each rung, whatever they differ by; none stops nobody"""
+    error_rate: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """paired: probability that a race loses a mask which is among the best on all search text"""
+    eta: Annotated[Whole, Field(ge=2)] = 2
+    """halving: one candidate in so many goes on, to so many times as much text"""
+
+    def __bool__(self) -> bool:
+        return self.method != "none"
+
+
 class SearchConfig(_Section):
     """Which searcher, from which seed, and how much it may spend."""
 
@@ -279,8 +303,9 @@ class SearchConfig(_Section):
     score: Loss | None = None
     """what masks are compared by in the search, as in objective.kind, which still ranks the
     finalists; left out: the same"""
-    racing: bool = True
-    """stop judging a candidate once it can't win any more"""
+    racing: Annotated[RacingConfig, BeforeValidator(_mapped)] = RacingConfig()
+    """stop judging a candidate once it can't win any more: true, false, or a mapping such as
+    {method: paired, error_rate: 0.05}"""
     batch: Count | None = None
     """candidates asked for at once; the searcher's own choice when left out"""
     repair: Repair = "none"

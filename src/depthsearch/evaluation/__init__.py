@@ -5,7 +5,7 @@ from __future__ import annotations
 from depthsearch.evaluation.backend import Backend, UnitResult
 from depthsearch.evaluation.inprocess import InProcess
 from depthsearch.evaluation.prefix import executed_sites
-from depthsearch.evaluation.racing import evaluate
+from depthsearch.evaluation.racing import Racing, evaluate
 from depthsearch.evaluation.refitted import Refitted
 from depthsearch.evaluation.rescaled import Rescaled
 from depthsearch.evaluation.streamed import Streamed
@@ -13,6 +13,7 @@ from depthsearch.evaluation.streamed import Streamed
 __all__ = [
     "Backend",
     "InProcess",
+    "Racing",
     "Refitted",
     "Rescaled",
     "Streamed",

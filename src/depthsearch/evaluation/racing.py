@@ -1,23 +1,60 @@
 """Evaluating a set of masks batch by batch, dropping those that can no longer win.
 
-After each batch a candidate is compared, on the same sequences, with the mask that holds the last
-place that matters. It is out when the paired difference is worse by more than `MARGIN` standard
-errors. Losses are paired, so what all masks find hard cancels out.
+After each batch a candidate is out when it is worse than as many masks as there are places that
+matter, with a stated error rate (`elimination.py`), or, by successive halving, when it is not among
+the best so far.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean
+from typing import Literal
 
 from depthsearch.evaluation.backend import Backend
+from depthsearch.evaluation.elimination import MIN_SEQUENCES, Elimination
 from depthsearch.space import Evaluation, Mask, Stage, Status
 
-MARGIN = 3.0
-MIN_SEQUENCES = 4
+ERROR_RATE = 0.05
 
 OnUnit = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Racing:
+    """How candidates are stopped early: those worse with confidence, or all but a share.
+
+    `error_rate` is the probability of a `paired` race to lose a mask that belongs among the best;
+    `halving` keeps one in `eta` at each rung.
+    """
+
+    method: Literal["paired", "halving"] = "paired"
+    error_rate: float = ERROR_RATE
+    eta: int = 2
+
+    def stages(
+        self, candidates: int, survivors: int | None, sequences: Sequence[int]
+    ) -> tuple[Stage, ...]:
+        """The rungs of successive halving on batches of so many sequences; none for `paired`.
+
+        One candidate in `eta` goes on, never fewer than `survivors`, and each has seen `eta` times
+        as much text at the next rung (Jamieson and Talwalkar, 2016). The last rung is after one in
+        `eta` of the text, the first after a batch and `MIN_SEQUENCES` sequences at least.
+        """
+        if self.method != "halving" or survivors is None:
+            return ()
+        least = max(MIN_SEQUENCES, sequences[0])
+        kept: list[int] = []
+        count, total = candidates, sum(sequences)
+        while count > survivors and total >= least * self.eta ** (len(kept) + 1):
+            count = max(survivors, -(-count // self.eta))
+            kept.append(count)
+        return tuple(
+            Stage(1 / self.eta**place, left)
+            for place, left in zip(range(len(kept), 0, -1), kept, strict=True)
+        )
 
 
 def evaluate(
@@ -27,13 +64,16 @@ def evaluate(
     survivors: int | None = None,
     rivals: Sequence[Evaluation] = (),
     stages: Sequence[Stage] = (),
+    error_rate: float = ERROR_RATE,
     on_unit: OnUnit | None = None,
 ) -> tuple[list[Evaluation], float]:
     """Evaluate `masks` on every batch; returns their evaluations in order and the cost_tokens.
 
     With `survivors` set, candidates that cannot be among that many best of masks and rivals are
-    eliminated early; each of `stages` eliminates all but its best, once its share of the text is
-    done. `on_unit(batches done, batches, cost_tokens so far)` follows each unit.
+    eliminated early: over the whole race one that is falls with a probability of about `error_rate`
+    at most, where the sequences are in random order. Each of `stages` eliminates all but its best,
+    once its share of the text is done. `on_unit(batches done, batches, cost_tokens so far)` follows
+    each unit.
     """
     losses: list[list[float]] = [[] for _ in masks]
     statuses = [Status.OK] * len(masks)
@@ -41,6 +81,7 @@ def evaluate(
     cost, total = 0.0, len(backend.sequences)
     sure = survivors is None and not stages
     cuts = list(stages)
+    race = None if survivors is None else _race(backend, len(masks), rivals, survivors, error_rate)
     for batch in range(total):
         if not active:
             break
@@ -50,8 +91,8 @@ def evaluate(
             statuses[i] = status
             losses[i].extend(found)
         active = [i for i in active if statuses[i] is Status.OK]
-        if survivors is not None and batch + 1 < total:
-            for i in losers({i: losses[i] for i in active}, survivors, rivals):
+        if race is not None and batch + 1 < total:
+            for i in race.losers({i: losses[i] for i in active}):
                 statuses[i] = Status.ELIMINATED
             active = [i for i in active if statuses[i] is Status.OK]
         done = sum(backend.sequences[: batch + 1]) / sum(backend.sequences)
@@ -74,34 +115,13 @@ def evaluate(
     ], cost
 
 
-def losers(
-    candidates: dict[int, list[float]], survivors: int, rivals: Sequence[Evaluation]
-) -> list[int]:
-    """The candidates that can no longer be among the `survivors` best of candidates and rivals.
-
-    All candidates have losses on the same first sequences; rivals are cut to those.
-    """
-    if not candidates:
-        return []
-    seen = len(next(iter(candidates.values())))
-    if seen < MIN_SEQUENCES:
-        return []
-    pool = [(fmean(found), found) for found in candidates.values()]
-    pool += [
-        (fmean(rival.losses[:seen]), list(rival.losses[:seen]))
-        for rival in rivals
-        if rival.status is Status.OK and len(rival.losses) >= seen
-    ]
-    if len(pool) <= survivors:
-        return []
-    bar, reference = sorted(pool, key=lambda entry: entry[0])[survivors - 1]
-    out = []
-    for place, found in candidates.items():
-        if fmean(found) <= bar:
-            continue
-        differences = [a - b for a, b in zip(found, reference, strict=True)]
-        mean = fmean(differences)
-        spread = math.fsum((d - mean) ** 2 for d in differences) / (seen - 1) / seen
-        if mean > MARGIN * math.sqrt(spread):
-            out.append(place)
-    return out
+def _race(
+    backend: Backend,
+    candidates: int,
+    rivals: Sequence[Evaluation],
+    survivors: int,
+    error_rate: float,
+) -> Elimination:
+    ends = list(accumulate(backend.sequences))
+    complete = [rival.losses for rival in rivals if rival.status is Status.OK]
+    return Elimination(candidates, complete, survivors, ends[:-1], ends[-1], error_rate)

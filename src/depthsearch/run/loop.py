@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from depthsearch.errors import ConfigError, NothingFoundError
-from depthsearch.evaluation import Backend, evaluate
+from depthsearch.evaluation import Backend, Racing, evaluate
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.points import Contest, Finalists, FrontPoint
 from depthsearch.run.replaying import ask_size, searcher_rng
@@ -48,7 +48,7 @@ class Plan:
     cost_tokens: float | None = None
     max_evaluations: int | None = None
     finalists: int = 8
-    racing: bool = True
+    racing: Racing | Literal[False] = field(default_factory=Racing)
     ask: int | None = None
     baselines: int = 1
 
@@ -181,11 +181,20 @@ class SearchLoop:
             low, high = 0, len(proposals)
             while low < high:
                 middle = (low + high + 1) // 2
-                fits = self._planned(proposals[:middle], batch.stages) <= left
+                stages = self._stages(batch, middle)
+                fits = self._planned(proposals[:middle], stages) <= left
                 low, high = (middle, high) if fits else (low, middle - 1)
             small = self._contest.masks and 4 * low < len(proposals)
             proposals = proposals[: 0 if small else low]
-        return Batch(proposals, batch.survivors, batch.rivals, batch.stages)
+        stages = self._stages(batch, len(proposals))
+        return Batch(proposals, batch.survivors, batch.rivals, stages)
+
+    def _stages(self, batch: Batch, count: int) -> tuple[Stage, ...]:
+        """The searcher's own cuts of `batch`, else those of the race, for that many masks."""
+        racing = self._plan.racing
+        if batch.stages or not racing:
+            return batch.stages
+        return racing.stages(count, batch.survivors, self._select.sequences)
 
     def _planned(self, proposals: Sequence[Proposal], stages: Sequence[Stage]) -> float:
         """The most that evaluating these may cost, with what stages are sure to save."""
@@ -220,7 +229,8 @@ class SearchLoop:
         return self._contest.finalists(self._known, self._origins, plan.finalists, plan.baselines)
 
     def _step(self, number: int, batch: Batch) -> list[Evaluation]:
-        survivors = batch.survivors if self._plan.racing else None
+        racing = self._plan.racing
+        survivors = batch.survivors if racing and racing.method == "paired" else None
         self._ledger.commit(
             {
                 "op": "ask",
@@ -241,6 +251,7 @@ class SearchLoop:
                 survivors=survivors,
                 rivals=[self._known[mask] for mask in batch.rivals if mask in self._known],
                 stages=batch.stages,
+                error_rate=(racing or Racing()).error_rate,
                 on_unit=lambda done, total, cost: self._report(
                     "search", self._spent + once + cost, done / total, batch.proposals
                 ),

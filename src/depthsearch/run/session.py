@@ -19,7 +19,7 @@ from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.calibration.windows import Splits, make_splits
 from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
 from depthsearch.errors import MaskError, RunDirectoryError
-from depthsearch.evaluation import Backend, InProcess, Refitted, Streamed
+from depthsearch.evaluation import Backend, InProcess, Racing, Refitted, Streamed
 from depthsearch.evaluation.refitted import repairing
 from depthsearch.evaluation.turns import Repair
 from depthsearch.model.anatomy import Anatomy, describe
@@ -262,7 +262,7 @@ class Session:
             cost_tokens=search.cost_tokens,
             max_evaluations=search.max_evaluations,
             finalists=search.finalists,
-            racing=search.racing,
+            racing=bool(search.racing) and Racing(**search.racing.model_dump()),
             ask=search.batch,
             # The lowest by the score needn't be lowest by the objective, so several are ranked.
             baselines=1 if self._one_loss else max(1, search.finalists // 2),
