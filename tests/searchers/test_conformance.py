@@ -51,6 +51,10 @@ ARMS: list[Arm] = [
     ("surrogate", {"longest_gap": 6, "guided": False, "parents": 1}),
     ("optuna", {"sampler": "cmaes"}),
     ("optuna", {"sampler": "random", "batch": 1}),
+    ("optuna", {"sampler": "gp"}),
+    ("optuna", {"sampler": "qmc"}),
+    ("optuna", {"sampler": "nsga2", "population": 8}),
+    ("optuna", {"sampler": "nsga3"}),
 ]
 EXHAUSTING: list[Arm] = [
     arm

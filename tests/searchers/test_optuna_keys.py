@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import optuna
@@ -15,7 +16,8 @@ from optuna.trial import TrialState
 
 from depthsearch.errors import ConfigError
 from depthsearch.searchers import build_searcher, cheap_baselines, check_storage
-from depthsearch.searchers.optuna_keys import OptunaOptions, OptunaSearcher
+from depthsearch.searchers.optuna_keys import OptunaSearcher
+from depthsearch.searchers.optuna_samplers import OptunaOptions, Sampler
 from depthsearch.space import Budget, Evaluation, Proposal, SearchSpace, Status
 
 LARGE = {
@@ -25,12 +27,19 @@ LARGE = {
     "large_attention": toy(30, Budget("kv_bytes", ratio=0.6), "attention"),
 }
 
+SAMPLERS = get_args(Sampler)
+
 
 def searcher_of(space: SearchSpace, **options: object) -> OptunaSearcher:
     hints = Landscape(len(space.sites)).hints()
     found = build_searcher("optuna", space, hints, np.random.default_rng(0), options)
     assert isinstance(found, OptunaSearcher)
     return found
+
+
+def system_attrs(study: optuna.Study) -> dict[str, Any]:
+    """What samplers keep in the study; Optuna shows it to storages only."""
+    return study._storage.get_study_system_attrs(study._study_id)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -60,7 +69,7 @@ def test_the_first_trials_are_the_baselines(name: str) -> None:
         assert space.decode([trial.params[name] for name in sorted(trial.params)]) == proposal.mask
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "random"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_trials_mirror_the_evaluations(sampler: str) -> None:
     space = SPACES["sublayer"]
     landscape = Landscape(12)
@@ -124,10 +133,16 @@ def test_a_storage_that_cannot_be_opened_is_one_line(storage: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_cmaes_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("depthsearch.searchers.optuna_keys.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install depthsearch\[cma\]"):
-        searcher_of(SPACES["block"], sampler="cmaes")
+@pytest.mark.parametrize(
+    ("sampler", "extra"), [("cmaes", "cma"), ("gp", "scipy"), ("qmc", "scipy")]
+)
+def test_a_sampler_without_its_package_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, sampler: str, extra: str
+) -> None:
+    monkeypatch.setattr("depthsearch.searchers.optuna_samplers.find_spec", lambda _: None)
+    for refusing in (searcher_of, lambda _, **options: check_storage("optuna", options)):
+        with pytest.raises(ConfigError, match=rf"pip install depthsearch\[{extra}\]"):
+            refusing(SPACES["block"], sampler=sampler)
 
 
 def test_cmaes_goes_on_when_every_baseline_failed() -> None:
@@ -148,7 +163,7 @@ def test_optuna_stays_silent_and_its_verbosity_is_restored(
 ) -> None:
     level = optuna.logging.get_verbosity()
     landscape = Landscape(16)
-    for sampler in ("tpe", "cmaes"):
+    for sampler in SAMPLERS:
         drive(
             searcher_of(SPACES["block"], sampler=sampler),
             unreliable(landscape, 0.5),
@@ -172,5 +187,79 @@ def test_what_cannot_work_is_refused_before_anything_starts(tmp_path: Path) -> N
         with pytest.raises(ConfigError) as caught:
             check_storage("optuna", {"storage": storage})
         assert "secret" not in str(caught.value)
-    with pytest.raises(ConfigError, match="pickle"):
-        check_storage("optuna", {"sampler": "cmaes", "storage": "sqlite://"})
+    with pytest.raises(ConfigError, match="needs a 'storage'"):
+        check_storage("optuna", {"shared": True})
+    with pytest.raises(ConfigError, match="would delete the study"):
+        check_storage("optuna", {"shared": True, "fresh": True, "storage": "sqlite://"})
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_stored_study_is_that_in_memory_without_what_samplers_keep(
+    tmp_path: Path, sampler: str
+) -> None:
+    """CMA-ES, for one, would pickle its state into a storage."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    space, landscape = SPACES["sublayer"], Landscape(12)
+    searcher = searcher_of(space, storage=url, sampler=sampler)
+    record = drive(searcher, unreliable(landscape, 0.3), n=9, limit=30)
+    in_memory = drive(searcher_of(space, sampler=sampler), unreliable(landscape, 0.3), 9, limit=30)
+    assert proposals(record) == proposals(in_memory)
+    stored = optuna.load_study(study_name="depthsearch", storage=url)
+    assert system_attrs(stored) == {}
+    assert len(stored.trials) == len(searcher.study.trials)
+    for kept, trial in zip(stored.trials, searcher.study.trials, strict=True):
+        assert kept.system_attrs == {}
+        assert kept.user_attrs == trial.user_attrs
+        assert (kept.number, kept.state, kept.value) == (trial.number, trial.state, trial.value)
+        assert kept.params == pytest.approx(trial.params, rel=1e-15)
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
+@pytest.mark.parametrize("n", [None, 3])
+def test_the_first_parents_are_the_best_baselines(sampler: str, n: int | None) -> None:
+    space, landscape = toy(12), Landscape(24)
+    searcher = searcher_of(space, sampler=sampler, population=5)
+    baselines = len(cheap_baselines(space, landscape.hints()))
+    assert baselines > 10
+    drive(searcher, lambda p: landscape.evaluate(p.mask), n, limit=baselines)
+    batch = searcher.ask(2)
+    assert all(p.origin.startswith(f"optuna {sampler}") for p in batch.proposals)
+    trials = searcher.study.trials
+    best = sorted(trials[:baselines], key=lambda trial: trial.value)[:5]
+    (parents,) = (v for k, v in system_attrs(searcher.study).items() if "parent:1" in k)
+    assert sorted(parents) == sorted(trial.number for trial in best)
+    # One key in twenty-four is drawn anew on average; the others come from a parent.
+    alleles = {name: {trial.params[name] for trial in best} for name in trials[0].params}
+    children = trials[baselines:]
+    inherited = sum(t.params[name] in found for t in children for name, found in alleles.items())
+    assert inherited > 0.6 * len(children) * len(alleles)
+
+
+def test_qmc_draws_sobol_points_from_the_first_on() -> None:
+    """Baselines use up no point of the sequence."""
+    from scipy.stats.qmc import Sobol
+
+    space, landscape = toy(20), Landscape(40)
+    searcher = searcher_of(space, sampler="qmc")
+    drive(searcher, lambda p: landscape.evaluate(p.mask), limit=60)
+    drawn = [
+        list(trial.params.values())
+        for trial in searcher.study.trials
+        if trial.user_attrs["origin"] == "optuna qmc"
+    ]
+    assert len(drawn) > 10
+    seed = int(np.random.default_rng(0).integers(2**31))
+    points = Sobol(len(space.genes), scramble=True, seed=seed).random(16)
+    np.testing.assert_allclose(drawn[:10], points[:10], rtol=1e-12)
+
+
+def test_gp_leaves_chance_behind() -> None:
+    space, landscape = toy(12), Landscape(24)
+    means = {}
+    for sampler in ("gp", "random"):
+        searcher = searcher_of(space, sampler=sampler)
+        baselines = len(cheap_baselines(space, landscape.hints()))
+        drive(searcher, lambda p: landscape.evaluate(p.mask), limit=baselines + 24)
+        losses = [t.value for t in searcher.study.trials[baselines:] if t.value is not None]
+        means[sampler] = np.mean(losses)
+    assert means["gp"] < 0.8 * means["random"]

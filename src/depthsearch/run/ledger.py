@@ -32,6 +32,11 @@ class Ledger:
         """Whether the next record is already there."""
         return self._place < len(self._old)
 
+    @property
+    def upcoming(self) -> Mapping[str, Any] | None:
+        """The record that is there next, None where the journal ends."""
+        return self._old[self._place] if self.replaying else None
+
     def commit(self, record: Mapping[str, Any]) -> None:
         """Append `record`, or check it against the one already there; raises JournalError."""
         if not self.replaying:

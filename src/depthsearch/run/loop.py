@@ -17,7 +17,8 @@ from depthsearch.evaluation import Backend, Racing, evaluate
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.points import Contest, Finalists, FrontPoint
 from depthsearch.run.replaying import ask_size, searcher_rng
-from depthsearch.searchers import build_searcher, needs_sensitivity
+from depthsearch.run.sharing import join, leave, recorded_ask
+from depthsearch.searchers import Searcher, SharedSearcher, build_searcher, needs_sensitivity
 from depthsearch.space import (
     Batch,
     Evaluation,
@@ -121,16 +122,21 @@ class SearchLoop:
         hints = self._hints()
         plan = self._plan
         options = dict(plan.options)
-        if self._ledger.replaying and options.get("storage") is not None:
+        stored = options.get("storage") is not None and not options.get("shared")
+        if self._ledger.replaying and stored:
             # A replay rebuilds what the killed process left in the searcher's own storage.
             options["fresh"] = True
         searcher = build_searcher(plan.method, self._space, hints, searcher_rng(plan.seed), options)
+        shared = searcher if isinstance(searcher, SharedSearcher) else None
+        if shared is not None:
+            join(shared, self._ledger, start)
         reason, number = "finished", 0
-        while (asked := searcher.ask(self._ask_size())).proposals:
+        while (asked := self._ask(searcher)).proposals:
             batch = self._affordable(asked)
             if len(batch.proposals) < len(asked.proposals):
                 reason = "budget"
             if not batch.proposals:
+                searcher.tell(())
                 break
             evaluations = self._step(number, batch)
             searcher.tell(evaluations)
@@ -138,6 +144,8 @@ class SearchLoop:
             if self._only_failures(evaluations):
                 reason = "failures"
                 break
+        if shared is not None:
+            reason = leave(shared, self._ledger, reason)
         outcome = self._choose(reason)
         self._spent = outcome.cost_tokens
         self._report("done", self._spent, 1.0, ())
@@ -163,6 +171,13 @@ class SearchLoop:
         record = self._ledger.recall("hints", compute)
         self._spent = float(record["cost_tokens"])
         return Hints.from_json(record)
+
+    def _ask(self, searcher: Searcher) -> Batch:
+        if isinstance(searcher, SharedSearcher):
+            followed = recorded_ask(searcher, self._ledger)
+            if followed is not None:
+                return followed
+        return searcher.ask(self._ask_size())
 
     def _ask_size(self) -> int | None:
         return ask_size(self._plan.ask, self._plan.max_evaluations, len(self._known))

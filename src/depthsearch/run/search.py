@@ -29,6 +29,7 @@ from depthsearch.run.front import front_json
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, check_cost
 from depthsearch.run.session import Session, best_json, opened
+from depthsearch.run.sharing import search_identity
 from depthsearch.run.tracking import Tracker, open_tracker, tracked
 from depthsearch.searchers import check_storage
 from depthsearch.space import Mask
@@ -70,7 +71,9 @@ def _check(session: Session) -> None:
     splits = session.splits(search.seed)
     select, finals = session.backends(splits, search.seed)
     check_cost(session.plan(), session.space, select, finals)
-    check_storage(search.method, search.options)
+    signature = session.signature(splits, search.seed)
+    identity = search_identity(_start(session, signature))
+    check_storage(search.method, search.options, session.space, identity)
 
 
 def resume(

@@ -234,7 +234,7 @@ def _phase(course: Course, quiet: float | None, most: int | None, alive: bool) -
     usual = statistics.median([s.seconds for s in course.steps[-_WINDOW_STEPS:]] or [0.0])
     if quiet > max(_QUIET_S, _QUIET_STEPS * usual) and not alive:
         return STALLED
-    if course.op in ("finals", "end"):
+    if course.op in ("stop", "finals", "end"):
         return FINALS
     if course.op == "tell":
         # The next ask follows a tell at once, unless the finals have begun.

@@ -34,7 +34,7 @@ from depthsearch.searchers.oneshot import (
     windows_plan,
 )
 from depthsearch.searchers.options import parse_options, suggestion
-from depthsearch.searchers.protocol import Searcher
+from depthsearch.searchers.protocol import Searcher, SharedSearcher
 from depthsearch.searchers.random import RandomOptions, random_plan
 from depthsearch.searchers.staged import Plan, StagedSearcher
 from depthsearch.searchers.surrogate import SurrogateOptions, surrogate_plan
@@ -62,12 +62,22 @@ def needs_sensitivity(method: str) -> bool:
     return _method(method).sensitivity
 
 
-def check_storage(method: str, options: Options) -> None:
-    """Refuse an Optuna search whose packages or storage are not there; raises ConfigError."""
-    if method == "optuna":
-        from depthsearch.searchers.optuna_keys import OptunaOptions, check_ready
+def check_storage(
+    method: str,
+    options: Options,
+    space: SearchSpace | None = None,
+    search: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse an Optuna search whose packages or storage are not there; raises ConfigError.
 
-        check_ready(parse_options(OptunaOptions, method, options))
+    With `space` and `search` (what `SharedSearcher.join` gets), also a study of another search.
+    """
+    if method == "optuna":
+        from depthsearch.searchers.optuna_samplers import OptunaOptions
+        from depthsearch.searchers.optuna_storage import check_ready, identity
+
+        wanted = None if space is None or search is None else identity(space, search)
+        check_ready(parse_options(OptunaOptions, method, options), wanted)
 
 
 @dataclass(frozen=True)
@@ -124,9 +134,17 @@ SEARCHERS = (*_METHODS, "optuna")
 def _method(name: str) -> Method:
     if name == "optuna":
         # Optuna is imported only by the searches that use it.
-        from depthsearch.searchers.optuna_keys import OptunaOptions, OptunaSearcher
+        from depthsearch.searchers.optuna_keys import OptunaSearcher
+        from depthsearch.searchers.optuna_samplers import OptunaOptions
+        from depthsearch.searchers.optuna_shared import SharedOptunaSearcher
 
-        return Method(OptunaOptions, OptunaSearcher)
+        def build(
+            space: SearchSpace, hints: Hints, rng: np.random.Generator, options: OptunaOptions
+        ) -> Searcher:
+            kind = SharedOptunaSearcher if options.shared else OptunaSearcher
+            return kind(space, hints, rng, options)
+
+        return Method(OptunaOptions, build)
     if name not in _METHODS:
         raise ConfigError(
             f"unknown search method '{name}'{suggestion(name, SEARCHERS)} "
@@ -138,6 +156,7 @@ def _method(name: str) -> Method:
 __all__ = [
     "SEARCHERS",
     "Searcher",
+    "SharedSearcher",
     "build_searcher",
     "cheap_baselines",
     "check_options",

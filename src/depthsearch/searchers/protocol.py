@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from depthsearch.errors import InputError
 from depthsearch.space import Batch, Evaluation, Mask, Proposal, SearchSpace
@@ -30,6 +30,29 @@ class Searcher(Protocol):
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """The evaluations of the last ask in its order, or the first of them where it was cut."""
+        ...
+
+
+@runtime_checkable
+class SharedSearcher(Searcher, Protocol):
+    """A searcher that learns from other runs as well, so that its asks can't be computed again.
+
+    A resumed run hands it the asks of the journal in their order instead, through `follow`.
+    """
+
+    def join(self, member: str, search: Mapping[str, Any]) -> None:
+        """Begin, before the first ask, as the run `member`: a hexadecimal number of its own.
+
+        `search` is what all runs that share must have in common, as plain data.
+        """
+        ...
+
+    def follow(self, batch: Batch) -> None:
+        """Take `batch` as what was asked; its evaluations are told next."""
+        ...
+
+    def leave(self) -> None:
+        """End: nothing that was asked and not told will be."""
         ...
 
 
