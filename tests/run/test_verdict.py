@@ -91,6 +91,26 @@ class TestWhetherSearchPaid:
             "without a search."
         )
 
+    def test_a_search_whose_answers_needed_none_did_not_help(self) -> None:
+        found = measured("evo", "win", -0.1, -0.15, -0.06)
+        answers = {"seeds": 2, "baselines": ["block influence of sites"] * 2}
+        rows = [row("evo", 0.4) | answers, row("win", 0.5, "windows")]
+        text = verdict(rows, [found])
+        assert text.endswith(
+            "evo is 0.1000 nats [0.0600, 0.1500] below win, but its every answer is a mask that "
+            "needs no search (block influence of sites). Search did not help over one-pass methods "
+            "here."
+        )
+        section = {"budget_text": "params 75 %", "summary": rows, "pairs": [found]}
+        assert overall([section], []) == (
+            "A method without a search is enough at params 75 % (block influence of sites: what "
+            "evo came to)."
+        )
+        rows[0] |= {"seeds": 3}
+        assert verdict(rows, [found]).endswith(
+            "With 2 of 3 seeds its answer needed no search (block influence of sites)."
+        )
+
     def test_a_simple_method_is_enough_where_no_gain_that_matters_is_possible(self) -> None:
         text = self.said(0.49, measured("evo", "win", -0.01, -0.02, 0.005))
         assert text.startswith("enough: ")

@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 
-from depthsearch.report.drawing import GREY, INK, Picture, canvas, picture
+from depthsearch.report.drawing import DROPPED, GREY, Picture, canvas, picture
 from depthsearch.space import Mask, Site
 
 MOST_NODES = 40
@@ -116,8 +116,8 @@ def tree_picture(tree: Mapping[str, Any], sites: Sequence[Site]) -> Picture | No
                 marker="o",
                 markersize=4 + 7 * math.sqrt(node["visits"] / most),
                 color=GREY if node["best_loss"] is None else colors.to_rgba(node["best_loss"]),
-                markeredgecolor=INK if node["best_mask"] == best else "white",
-                markeredgewidth=1.4 if node["best_mask"] == best else 0.5,
+                markeredgecolor=DROPPED if node["best_mask"] == best else "white",
+                markeredgewidth=1.6 if node["best_mask"] == best else 0.5,
                 zorder=2,
             )
         deepest = max(x for x, _ in places.values())
@@ -127,7 +127,7 @@ def tree_picture(tree: Mapping[str, Any], sites: Sequence[Site]) -> Picture | No
         bar = figure.colorbar(colors, ax=axis, fraction=0.025, pad=0.01)
         bar.set_label("lowest search loss below, nats")
         ring = Line2D([], [], linestyle="", marker="o", markersize=7, color="white")
-        ring.set_markeredgecolor(INK)
+        ring.set_markeredgecolor(DROPPED)
         ring.set_label("leads to the best mask")
         figure.legend(handles=[ring], loc="outside lower right")
         return picture(

@@ -16,6 +16,7 @@ from depthsearch.run.statistics import (
     standings,
 )
 from depthsearch.run.verdict import verdict, warnings_of
+from depthsearch.searchers import is_baseline
 
 Entries = Sequence[Mapping[str, Any]]
 
@@ -140,6 +141,7 @@ def _row(arm: str, found: Entries, table: np.ndarray, rng: np.random.Generator) 
         "heldout_kl_high": interval.high,
         "heldout_ce_mean": _mean([e["heldout_ce"] for e in found]),
         "cut_kl_mean": _mean([e["cut_kl"] for e in found]),
+        "baselines": [e["origin"] for e in found if is_baseline(e["origin"])],
         "repaired": any(e["repair"] is not None for e in found),
         "select_loss_mean": _mean([e["select_loss"] for e in found]),
         "cost_tokens_mean": _mean([e["cost_tokens"] for e in found]),

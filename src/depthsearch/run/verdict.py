@@ -37,7 +37,8 @@ class Outcome:
     `kind` is "pays" where the best search is better than every one-pass arm, "enough" where the
     interval rules out a gain over one of them that matters (`SLIGHT`), "open" where it does not,
     and "no rival" where searches or one-pass arms are missing. `difference` is that of the best
-    one-pass arm minus the best search in nats, with its interval where it is known.
+    one-pass arm minus the best search in nats, with its interval where it is known. `baselines` are
+    the answers of the search, in words, that it did not find but started from.
     """
 
     kind: str
@@ -46,6 +47,13 @@ class Outcome:
     difference: float | None = None
     low: float | None = None
     high: float | None = None
+    baselines: tuple[str, ...] = ()
+    seeds: int = 0
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether every answer of the search is a mask that needed none."""
+        return 0 < self.seeds == len(self.baselines)
 
 
 def outcome(summary: Rows, pairs: Rows) -> Outcome:
@@ -58,7 +66,10 @@ def outcome(summary: Rows, pairs: Rows) -> Outcome:
     search, best = str(searches[0]["arm"]), str(simple[0]["arm"])
     equal = [str(row["arm"]) for row in simple if not _worse(str(row["arm"]), search, pairs)]
     if not equal:
-        return Outcome("pays", search, best, *_gain(best, search, pairs))
+        baselines = tuple(searches[0].get("baselines", ()))
+        seeds = int(searches[0].get("seeds", 0))
+        gain = _gain(best, search, pairs)
+        return Outcome("pays", search, best, *gain, baselines=baselines, seeds=seeds)
     gain = _gain(equal[0], search, pairs)
     wide = gain[2] is not None and gain[2] > SLIGHT * float(ranked[0]["heldout_kl_mean"])
     return Outcome("open" if wide else "enough", search, equal[0], *gain)
@@ -94,10 +105,21 @@ def _helped(found: Outcome, lowest: float) -> list[str]:
     if found.kind == "pays":
         if gain is None or found.difference is None:
             return []
+        names = _listed(list(dict.fromkeys(found.baselines))) if found.baselines else ""
+        if found.borrowed:
+            return [
+                f"{found.search} is {gain} below {found.simple}, but its every answer is a mask "
+                f"that needs no search ({names}). Search did not help over one-pass methods here."
+            ]
         part = 100 * found.difference / (lowest + found.difference)
+        some = [
+            f"With {len(found.baselines)} of {found.seeds} seeds its answer needed no search "
+            f"({names})."
+        ]
         return [
             f"Search helped: {found.search} is {gain} or {part:.0f} % below {found.simple}, the "
-            "best method without a search."
+            "best method without a search.",
+            *(some if names else ()),
         ]
     if found.kind == "open":
         assert found.high is not None
@@ -122,12 +144,15 @@ def overall(sections: Rows, ranks: Rows) -> str:
     groups: dict[str, list[str]] = {}
     for section in sections:
         found = outcome(section["summary"], section["pairs"])
-        text = str(section["budget_text"])
-        if found.kind == "pays" and found.difference is not None:
+        text, kind = str(section["budget_text"]), found.kind
+        if found.borrowed:
+            kind = "enough"
+            text += f" ({', '.join(dict.fromkeys(found.baselines))}: what {found.search} came to)"
+        elif found.kind == "pays" and found.difference is not None:
             text += f" ({found.search}, {found.difference:.4f} nats below {found.simple})"
         elif found.kind in ("enough", "open"):
             text += f" ({found.simple})"
-        groups.setdefault(found.kind, []).append(text)
+        groups.setdefault(kind, []).append(text)
     words = {
         "pays": "Search pays at",
         "enough": "A method without a search is enough at",
@@ -187,7 +212,7 @@ def _shrunk(rows: Rows, pairs: Rows) -> Iterator[str]:
             )
 
 
-def _gain(over: str, by: str, pairs: Rows) -> tuple[float, float, float] | tuple[None, None, None]:
+def _gain(over: str, by: str, pairs: Rows) -> tuple[float | None, float | None, float | None]:
     """The loss of `over` minus that of `by` with its interval; None where it is not known."""
     for pair in pairs:
         if "difference" not in pair:
