@@ -101,9 +101,10 @@ def test_shares_of_wins_are_those_of_a_case_worked_by_hand() -> None:
     one, two = (size_figures(pool, heldout, n, np.random.default_rng(2), 20_000) for n in (1, 2))
     assert one.shares == pytest.approx([0.5, 0.5], abs=0.015)
     assert two.shares == pytest.approx([0.75, 0.25], abs=0.015)
-    # Mask 1 is worse by 1 and by 3 on the two held-out windows: 2 in the mean, its error 1.
-    assert two.regret == pytest.approx(2 * two.shares[1])
-    assert two.regret_stderr == pytest.approx(two.shares[1] * 1.0)
+    # Mask 1 is worse by 1 and by 3 on the two held-out windows: 2 in the mean, 5 in the square.
+    share = two.shares[1]
+    assert two.regret == pytest.approx(2 * share)
+    assert two.regret_stderr == pytest.approx(math.sqrt(5 * share - 4 * share**2))
     assert two.favourite == 0
     # Held-out text ranks 0 before 1: tau is 1 where 0 wins and -1 where 1 wins.
     assert two.kendall == pytest.approx(1 - 2 * two.shares[1])
@@ -111,24 +112,33 @@ def test_shares_of_wins_are_those_of_a_case_worked_by_hand() -> None:
 
 def figures(shares, heldout, windows=1):
     table = np.array(heldout, dtype=float)
-    truth = table.mean(axis=1)
-    return SizeFigures(
-        windows, np.array(shares), np.array(shares) @ table, table[winner(truth)], 0.5
-    )
+    return SizeFigures(windows, np.array(shares), table - table[winner(table.mean(axis=1))], 0.5)
+
+
+def test_the_error_of_a_regret_is_that_of_windows_which_draw_their_winners() -> None:
+    """A simulation: each held-out window gets the winner of its own text."""
+    rng = np.random.default_rng(4)
+    heldout = rng.standard_normal((3, 200)) + np.array([[0.0], [0.4], [0.8]])
+    size = figures([0.7, 0.2, 0.1], heldout)
+    drawn = rng.choice(3, size=(20_000, 200), p=size.shares)
+    means = [size.excess[row, rng.integers(0, 200, 200)].mean() for row in drawn]
+    assert size.regret == pytest.approx(np.mean(means), abs=0.003)
+    assert size.regret_stderr == pytest.approx(np.std(means), rel=0.03)
 
 
 def test_the_smallest_sufficient_size_is_within_one_standard_error_as_are_all_larger() -> None:
-    """Mask 1 is worse by 0, 2 and 4: 2 in the mean with an error of 2 / sqrt(3) = 1.15.
+    """Mask 1 is worse by 0, 2 and 4, 20 windows each: by 2 in the mean, 20 / 3 in the square.
 
-    A size that picks it with share p is worse than one that never does by 2p, its error 1.15p:
-    never within one error.
+    With a share p the regret is 2p, its error sqrt((20p / 3 - 4p^2) / 59): 1 and 0.20 for a half,
+    0.4 and 0.14 for a fifth, 0.02 and 0.034 for a hundredth.
     """
-    heldout = [[1, 1, 1], [1, 3, 5]]
-    sizes = [figures([1 - p, p], heldout, n) for n, p in enumerate((0.5, 0.2, 0.0, 0.0), start=1)]
+    heldout = [[1.0] * 60, [1.0, 3.0, 5.0] * 20]
+    sizes = [figures([1 - p, p], heldout, n) for n, p in enumerate((0.5, 0.2, 0.01, 0.0), start=1)]
+    assert sizes[1].regret_stderr == pytest.approx(math.sqrt((4 / 3 - 0.16) / 59))
     assert smallest_sufficient(sizes) == 2
-    # Worse by -2, 2 and 2: 0.67 in the mean with an error of 1.33: always within one.
-    harmless = [[3, 1, 1], [1, 3, 3]]
-    assert smallest_sufficient([figures([1 - p, p], harmless) for p in (0.5, 0.2, 0.0)]) == 0
+    # Three windows can't show even the difference of a coin.
+    few = [[1, 1, 1], [1, 3, 5]]
+    assert smallest_sufficient([figures([1 - p, p], few) for p in (0.5, 0.2, 0.0)]) == 0
     # A larger size that is worse again: the smaller one before it does not count.
     sizes = [figures([1 - p, p], heldout, n) for n, p in enumerate((0.0, 0.4, 0.0), start=1)]
     assert smallest_sufficient(sizes) == 2

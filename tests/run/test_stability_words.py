@@ -59,9 +59,8 @@ def test_agreeing_samples_are_called_stable_with_the_gap_and_the_size() -> None:
         "The winner is stable: all 2 samples of 1,024 tokens name mask 1. Kendall's tau is 0.62 "
         "between samples and 0.50 to 0.50 with held-out text. From its sample to held-out text the "
         "loss of a winner changes by +0.2500 nats on average, that of all masks by +0.1250. "
-        "calibration.select_tokens: 1024 is enough for these masks: from there on the winner is "
-        "expected to lose at most one standard error more than with the best size (regret 0.0200 ± "
-        "0.0100)."
+        "calibration.select_tokens: 1024 is enough for these masks: from there on the regret "
+        "expected of a winner (0.0200 ± 0.0100) is within one standard error of the lowest."
     )
 
 

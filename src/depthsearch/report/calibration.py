@@ -74,7 +74,7 @@ def sizes_picture(found: Mapping[str, Any]) -> Picture:
         left.fill_between(tokens, regret - error, regret + error, color=ACCENT, alpha=0.18, lw=0)
         left.plot(tokens, regret, color=ACCENT, marker="o", markersize=5)
         left.axhline(0, color=GREY, linewidth=1)
-        left.set_ylabel("expected regret on held-out text, nats")
+        left.set_ylabel("expected held-out regret, nats")
         right.plot(
             tokens,
             [100 * row["favourite_share"] for row in rows],

@@ -245,11 +245,13 @@ class _Check:
                 "Masks were judged as cut; the configured search judges them repaired, which may "
                 "put them in another order."
             )
-        if self.known_run is not None:
-            notes.append(
-                "The run chose its masks on text of its own: with the same seed that is sample 1, "
-                "where they look better than they are."
-            )
+        notes.append(
+            "Without --run the masks are baselines and offspring that nobody has judged, and "
+            "differ more than the finalists of a search do, whose winner may be less stable."
+            if self.known_run is None
+            else "The run chose its masks on text of its own: with the same seed that is sample 1, "
+            "where they look better than they are."
+        )
         return notes
 
 

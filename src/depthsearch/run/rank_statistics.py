@@ -93,14 +93,13 @@ def winner(losses: npt.ArrayLike) -> int:
 class SizeFigures:
     """What choosing the winner on texts of one size comes to.
 
-    `shares` `[masks]` says how often each mask wins; `heldout` `[windows]` is the held-out loss to
-    expect of the winner, `best` `[windows]` that of the mask with the lowest held-out mean.
+    `shares` `[masks]` says how often each mask wins; `excess` `[masks, windows]` is the held-out
+    loss of each above that of the mask with the lowest held-out mean.
     """
 
     windows: int
     shares: Table
-    heldout: Table
-    best: Table
+    excess: Table
     kendall: float | None
 
     @cached_property
@@ -111,17 +110,18 @@ class SizeFigures:
     @cached_property
     def regret(self) -> float:
         """The expected held-out loss of the winner above that of the best mask."""
-        return float((self.heldout - self.best).mean())
+        return float(self.shares @ self.excess.mean(axis=1))
 
     @cached_property
     def regret_stderr(self) -> float:
-        """The standard error of `regret` over held-out windows."""
-        return _stderr(self.heldout - self.best)
+        """The standard error of `regret`, had each held-out window the winner of its own text.
 
-    def within_error(self, other: SizeFigures) -> bool:
-        """Whether what this size loses against `other` is at most one standard error."""
-        worse = self.heldout - other.heldout
-        return float(worse.mean()) <= _stderr(worse) + _ROUNDING
+        Both the winner and the window are random: with the shares alone as weights, the error would
+        shrink with the share of a worse mask as fast as the regret does.
+        """
+        windows = self.excess.shape[1]
+        spread = float(self.shares @ ((self.excess - self.regret) ** 2).sum(axis=1))
+        return float(np.sqrt(spread / (windows - 1) / windows))
 
 
 def size_figures(
@@ -136,24 +136,23 @@ def size_figures(
     truth = heldout.mean(axis=1)
     taus = [found[0] for row in means if (found := correlations(row, truth)) is not None]
     return SizeFigures(
-        windows,
-        shares,
-        shares @ heldout,
-        heldout[winner(truth)],
-        float(np.mean(taus)) if taus else None,
+        windows, shares, heldout - heldout[winner(truth)], float(np.mean(taus)) if taus else None
     )
 
 
 def smallest_sufficient(sizes: Sequence[SizeFigures]) -> int:
-    """The place of the smallest size that loses next to nothing, by the one-standard-error rule.
+    """The place of the smallest size that loses next to nothing, by a one-standard-error rule.
 
-    It and every larger size have an expected held-out loss within one standard error (of the paired
-    difference over held-out windows) of the size where that is lowest (the rule of Breiman et al.
-    1984, "Classification and Regression Trees", for sizes of trees). `sizes` ascend.
+    The regrets of it and of every larger size are within one standard error of the lowest one (as
+    Breiman et al. 1984, "Classification and Regression Trees", choose the size of a tree). `sizes`
+    ascend.
     """
-    best = min(sizes, key=lambda size: (size.regret, size.windows))
+    lowest = min(size.regret for size in sizes)
     place = len(sizes) - 1
-    while place > 0 and sizes[place - 1].within_error(best):
+    while place > 0:
+        size = sizes[place - 1]
+        if size.regret - lowest > size.regret_stderr:
+            break
         place -= 1
     return place
 
@@ -170,10 +169,3 @@ def settled(sizes: Sequence[SizeFigures], level: float = SETTLED) -> int | None:
             break
         place = here
     return place
-
-
-_ROUNDING = 1e-12
-
-
-def _stderr(values: Table) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values)))

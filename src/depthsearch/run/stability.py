@@ -172,7 +172,6 @@ def _size(size: SizeFigures, window_tokens: int, best: int) -> dict[str, Any]:
         "favourite_share": float(size.shares[size.favourite]),
         "best_share": float(size.shares[best]),
         "shares": size.shares.tolist(),
-        "heldout_loss": float(size.heldout.mean()),
         "regret": size.regret,
         "regret_stderr": size.regret_stderr,
         "kendall": size.kendall,

@@ -67,9 +67,9 @@ def recommendation(found: Found) -> str:
             "falls up to the largest size tried."
         )
     return (
-        f"calibration.select_tokens: {tokens} is enough for these masks: from there on the winner "
-        f"is expected to lose at most one standard error more than with the best size "
-        f"(regret {row['regret']:.4f} ± {row['regret_stderr']:.4f})."
+        f"calibration.select_tokens: {tokens} is enough for these masks: from there on the regret "
+        f"expected of a winner ({row['regret']:.4f} ± {row['regret_stderr']:.4f}) is within one "
+        "standard error of the lowest."
     )
 
 
