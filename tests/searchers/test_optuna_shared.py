@@ -271,12 +271,11 @@ def test_a_study_that_is_not_shared_is_not_joined_and_a_shared_one_not_taken(url
     with pytest.raises(ConfigError, match="was not made by a search with 'shared: true'"):
         joined(url, "a1", study_name="alone")
     joined(url, "a1").ask()
-    for refusing in (
-        lambda: check_storage("optuna", {"storage": url}),
-        lambda: build_searcher("optuna", SPACE, hints, np.random.default_rng(0), {"storage": url}),
-    ):
-        with pytest.raises(ConfigError, match="'depthsearch' exists already"):
-            refusing()
+    for options in ({"storage": url}, {"storage": url, "fresh": True}):
+        with pytest.raises(ConfigError, match="'depthsearch' is shared by other runs"):
+            check_storage("optuna", options)
+        with pytest.raises(ConfigError, match="'depthsearch' is shared by other runs"):
+            build_searcher("optuna", SPACE, hints, np.random.default_rng(0), options)
     assert len(trials_of(url)) == len(BASELINES)
 
 

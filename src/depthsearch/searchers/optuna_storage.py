@@ -176,13 +176,12 @@ def check_ready(options: OptunaOptions, search: Search | None = None) -> None:
     another search than `search`, an `identity`.
     """
     need_package(options.sampler)
-    if options.storage is None or options.fresh:
+    if options.storage is None:
         return
     with _opening(options):
         storage = _opened(options)
         if not options.shared:
-            if _in_the_way(options.study_name, storage):
-                raise optuna.exceptions.DuplicatedStudyError
+            _in_the_way(options, storage)
             return
         study = _study_id(options.study_name, storage)
         if study is None or search is None:
@@ -249,8 +248,7 @@ def _opening(options: OptunaOptions) -> Iterator[None]:
     except optuna.exceptions.DuplicatedStudyError as error:
         raise ConfigError(
             f"the study '{options.study_name}' exists already in this storage: choose another "
-            "'study_name', set 'fresh: true' to delete it, or 'shared: true' on all runs to share "
-            "it"
+            "'study_name', or set 'fresh: true' to delete it"
         ) from error
     except ImportError as error:
         driver = ": pip install depthsearch[postgresql]" if scheme.startswith("postgresql") else ""
@@ -279,17 +277,14 @@ def _working(options: OptunaOptions) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
-        what = type(error).__name__
-    except KeyError:
-        what = "the study was deleted"
-    else:
-        return
-    scheme = str(options.storage).partition(":")[0]
-    raise StorageError(
-        f"the Optuna storage ({scheme}:...) failed ({what}): the journal is complete, so put the "
-        "storage right, then `depthsearch resume` the run"
-    )
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError, KeyError) as error:
+        gone = isinstance(error, KeyError)
+        scheme = str(options.storage).partition(":")[0]
+        raise StorageError(
+            f"the Optuna storage ({scheme}:...) failed "
+            f"({'the study was deleted' if gone else type(error).__name__}): the journal is "
+            "complete, so put the storage right, then `depthsearch resume` the run"
+        ) from error
 
 
 def _make_way(options: OptunaOptions, storage: BaseStorage) -> None:
@@ -298,19 +293,28 @@ def _make_way(options: OptunaOptions, storage: BaseStorage) -> None:
     A search killed before its first losses leaves one without a result, and would else be in its
     own way when it is resumed.
     """
-    study = _study_id(options.study_name, storage)
-    if study is not None and (options.fresh or not _in_the_way(options.study_name, storage)):
+    study = _in_the_way(options, storage)
+    if study is not None:
         storage.delete_study(study)
 
 
-def _in_the_way(name: str, storage: BaseStorage) -> bool:
-    """Whether there is a study of this name with results, or one that others may be sharing."""
-    study = _study_id(name, storage)
+def _in_the_way(options: OptunaOptions, storage: BaseStorage) -> int | None:
+    """The study of this name, if any, which may be deleted; raises what says why it may not be.
+
+    DuplicatedStudyError where it has results and `fresh` is not set, ConfigError for a shared one.
+    """
+    study = _study_id(options.study_name, storage)
     if study is None:
-        return False
+        return None
     if _SEARCH in storage.get_study_user_attrs(study):
-        return True
-    return any(trial.state.is_finished() for trial in storage.get_all_trials(study, deepcopy=False))
+        raise ConfigError(
+            f"the study '{options.study_name}' is shared by other runs: choose another "
+            "'study_name', or set 'shared: true' to join it"
+        )
+    trials = storage.get_all_trials(study, deepcopy=False)
+    if not options.fresh and any(trial.state.is_finished() for trial in trials):
+        raise optuna.exceptions.DuplicatedStudyError
+    return study
 
 
 def _study_id(name: str, storage: BaseStorage) -> int | None:
