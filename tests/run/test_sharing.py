@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from tests.commands import Cli
 from tests.postgresql import postgresql
@@ -78,9 +79,18 @@ def share(folder: Path, name: str, url: str) -> list[Path]:
     return runs
 
 
+def trials_of(url: str) -> list[optuna.trial.FrozenTrial]:
+    """The trials of the study; no connection to the server stays open."""
+    storage = RDBStorage(url)
+    try:
+        return optuna.load_study(study_name="both", storage=storage).get_trials()
+    finally:
+        storage.engine.dispose()
+
+
 def check_shared(runs: list[Path], url: str) -> None:
     """What both journals say is in the study, once, and nothing is left running there."""
-    trials = optuna.load_study(study_name="both", storage=url).get_trials()
+    trials = trials_of(url)
     assert all(trial.state.is_finished() for trial in trials)
     members = []
     for run in runs:
@@ -115,10 +125,10 @@ def test_two_processes_share_a_sqlite_study_and_one_is_killed(cli: Cli, folder: 
     runs = share(folder, "sqlite", url)
     check_shared(runs, url)
     before = (runs[1] / JOURNAL).read_bytes()
-    count = len(optuna.load_study(study_name="both", storage=url).trials)
+    count = len(trials_of(url))
     assert cli("resume", runs[1]).code == 0
     assert (runs[1] / JOURNAL).read_bytes() == before
-    assert len(optuna.load_study(study_name="both", storage=url).trials) == count
+    assert len(trials_of(url)) == count
     found = cli("search", run_file(folder, "other", url, seed=1), "--out", folder / "other")
     assert found.code == 2
     assert "shared by another search, which differs in: " in found.message

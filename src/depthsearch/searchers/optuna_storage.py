@@ -216,9 +216,11 @@ def _opened(options: OptunaOptions) -> BaseStorage:
     # sqlalchemy is Optuna's own dependency.
     from sqlalchemy.exc import SQLAlchemyError
 
-    # By default SQLite gives up after five seconds of waiting for another process.
-    locks = scheme.startswith("sqlite")
-    settings = {"connect_args": {"timeout": _LOCKED_SECONDS}} if locks else {}
+    # By default SQLite gives up after five seconds of waiting for another process, and a server
+    # may have closed a connection that was idle while masks were evaluated.
+    settings: dict[str, Any] = {"pool_pre_ping": True}
+    if scheme.startswith("sqlite"):
+        settings = {"connect_args": {"timeout": _LOCKED_SECONDS}}
     tries = 0
     while True:
         tries += 1
