@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from depthsearch.evaluation import UnitResult, executed_sites
 from depthsearch.journal import Journal
 from depthsearch.run.ledger import Ledger, OnRecord
 from depthsearch.run.loop import OnProgress, Outcome, Plan, SearchLoop
-from depthsearch.space import Hints, Mask, SearchSpace, Status
+from depthsearch.space import Hints, Mask, SearchSpace, Sensitivity, Status
 
 WINDOW_TOKENS = 8
 
@@ -70,7 +70,14 @@ class Synthetic:
         return 0.0
 
     def hints(self) -> tuple[Hints, float]:
-        return self.landscape.hints(), 1.5 * WINDOW_TOKENS
+        cost = 1.5 * WINDOW_TOKENS
+        self.charged += cost
+        return replace(self.landscape.hints(), sensitivity=None), cost
+
+    def sensitivity(self) -> tuple[Sensitivity, float]:
+        cost = 3.0 * WINDOW_TOKENS
+        self.charged += cost
+        return self.landscape.sensitivity(), cost
 
     def _unit(self, masks: Sequence[Mask]) -> float:
         return self.rows * WINDOW_TOKENS * sum(executed_sites(masks)) / self.landscape.sites
