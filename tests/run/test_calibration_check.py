@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.tiny_runs import workplace_config, write_text
 
+from depthsearch.calibration.windows import draw_windows
 from depthsearch.errors import JournalError, RunDirectoryError
 from depthsearch.evaluation import InProcess, evaluate
 from depthsearch.journal import read_journal, without_times
@@ -45,8 +46,19 @@ def test_losses_of_samples_are_those_of_a_search_on_the_same_text(
     """The first sample is the text that the search selects on, judged by the search's backend."""
     _, found = finished
     masks = [Mask.from_key(entry["mask"]) for entry in found["masks"]]
-    select = session.splits(0).select
-    evaluations, _ = evaluate(session.backend(select, 0), masks)
+    select, calibration = session.splits(0).select, session.config.calibration
+    (drawn,) = draw_windows(
+        session.documents,
+        session.loaded.tokenizer,
+        calibration.window_tokens,
+        calibration.select_tokens,
+        1,
+        calibration.heldout_fraction,
+        session.config.search.seed,
+    )
+    assert sorted(drawn.tolist()) == sorted(select.tolist())
+    # The positions that a loss is taken at go by the place of a window.
+    evaluations, _ = evaluate(session.backend(drawn, 0), masks)
     first = samples_of(found, "draw")[0]
     assert first["losses"] == pytest.approx([e.loss for e in evaluations])
     assert first["winner"] == int(np.argmin([e.loss for e in evaluations]))
