@@ -7,8 +7,9 @@ process and through a Ray worker on this machine; losses must be equal bit for b
 does it, which knows the next batches: round by round. And once with every unit asked for only when
 the one before is done, so that nothing hides the way to the worker and back: unit by unit, together
 with how long that way is, which is the time that the worker did not spend on computing. Two
-processes that do the same work differ by several per cent for as long as they live, so all of this
-is done in new processes again and again; the figures are medians over them. Prints one JSON
+processes that do the same work differ by several per cent for as long as they live, so a process
+without Ray, which is handed the same units through a pipe, takes its turns beside them, and all of
+this is done in new processes again and again; the figures are medians over them. Prints one JSON
 document; exits with 1 if losses differ.
 """
 
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from depthsearch.config import load_config
 from depthsearch.evaluation import Backend
@@ -51,6 +54,7 @@ WAYS = ("as_a_search_asks", "one_unit_at_a_time")
 SHARE_KEPT = 0.75
 MOST_MASKS = 512
 TRIED = 64
+PIPED: dict[str, Backend] = {}
 
 
 def main() -> None:
@@ -122,11 +126,16 @@ def measured(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
     path = write_workplace(scratch, SIZES, settings)
     session = Session.open(load_config(path))
+    stack = ExitStack()
     try:
         windows = session.splits(0).select
         one_process = replace(session, config=load_config(path, ["cluster.backend=in-process"]))
         here = one_process.backend(windows, 0)
-        backends = {"here": here, "ray": session.backend(windows, 0)}
+        backends: dict[str, Any] = {
+            "here": here,
+            "pipe": Piped(stack.enter_context(piped(path))),
+            "ray": session.backend(windows, 0),
+        }
         masks = offspring(len(session.space.sites), MOST_MASKS)
         # The first time includes the dense pass that records the batch.
         tries = [timed(here, masks[:TRIED], [0])[0] for _ in range(4)]
@@ -145,6 +154,7 @@ def measured(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         }
         signature = session.signature(session.splits(0), 0)
     finally:
+        stack.close()
         session.close()
     return {
         "signature": signature,
@@ -154,8 +164,36 @@ def measured(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     }
 
 
+class Piped:
+    """A process without Ray that runs the same units."""
+
+    def __init__(self, process: ProcessPoolExecutor) -> None:
+        self._process = process
+
+    def run(self, batch: int, masks: Sequence[Mask], following: Sequence[int]) -> Any:
+        """What `Backend.run` gives; `following` is not made use of."""
+        return self._process.submit(run_piped, batch, masks).result()
+
+
+def piped(path: Path) -> ProcessPoolExecutor:
+    """A process that has opened this configuration by the time of its first unit."""
+    return ProcessPoolExecutor(1, get_context("spawn"), open_piped, (path,))
+
+
+def open_piped(path: Path) -> None:
+    """Load the model in the other process, with as many threads as everybody has."""
+    torch.set_num_threads(1)
+    session = Session.open(load_config(path, ["cluster.backend=in-process"]))
+    PIPED["backend"] = session.backend(session.splits(0).select, 0)
+
+
+def run_piped(batch: int, masks: Sequence[Mask]) -> Any:
+    """One unit, in the other process."""
+    return PIPED["backend"].run(batch, masks)
+
+
 def compare(
-    backends: dict[str, Backend],
+    backends: dict[str, Any],
     masks: Sequence[Mask],
     turns: Sequence[Sequence[int]],
     busy_s: Callable[[], float] | None = None,
@@ -171,18 +209,21 @@ def compare(
         timed(backend, masks, sorted({batch for turn in turns for batch in turn}))
     for number, turn in enumerate(turns):
         losses = {}
-        for name in list(backends) if number % 2 else list(reversed(backends)):
+        first = number % len(backends)
+        for name in [*list(backends)[first:], *list(backends)[:first]]:
             before = busy_s() if busy_s is not None else 0.0
             took, losses[name] = timed(backends[name], masks, turn)
             seconds[name].append(took)
             if name == "ray" and busy_s is not None:
                 ways.append(took - (busy_s() - before))
-        equal = equal and losses["here"] == losses["ray"]
+        equal = equal and all(found == losses["here"] for found in losses.values())
     middles = {name: statistics.median(took) for name, took in seconds.items()}
     result: dict[str, Any] = {
         "equal": equal,
         "unit_seconds": round(middles["here"] / len(turns[0]), 3),
         "overhead_percent": round(100 * (middles["ray"] / middles["here"] - 1), 1),
+        "pipe_overhead_percent": round(100 * (middles["pipe"] / middles["here"] - 1), 1),
+        "beside_pipe_percent": round(100 * (middles["ray"] / middles["pipe"] - 1), 1),
         "turn_seconds": {name: [round(s, 2) for s in took] for name, took in seconds.items()},
     }
     if ways:
@@ -192,9 +233,7 @@ def compare(
     return result
 
 
-def timed(
-    backend: Backend, masks: Sequence[Mask], batches: Sequence[int]
-) -> tuple[float, list[Any]]:
+def timed(backend: Any, masks: Sequence[Mask], batches: Sequence[int]) -> tuple[float, list[Any]]:
     """Seconds and losses of these masks on some batches, the later ones announced."""
     start = time.perf_counter()
     losses = [
