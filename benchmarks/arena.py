@@ -1,0 +1,134 @@
+"""Every method at equal cost at several budgets: where a search pays, and where a window does.
+
+    python benchmarks/arena.py smollm2 --runs runs/arena [--budget keep_params=0.75]
+                               [--seeds 0 1 2] [--set key=value] [--out FILE]
+
+Runs `depthsearch compare` with benchmarks/arena.yaml at one budget after the other, each in a
+folder of its own below `--runs`; what is there already is used or gone on with. Then sums up: for
+each budget the arms by held-out KL with intervals, what stopping earlier would have given, the
+verdict, and, of the arms that search, the share of EvoPress's cost at which their best mask so far
+was as good as EvoPress's last. Prints one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from depthsearch.run.compare import read_compare
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "smollm2": (
+        ".data/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ("keep_params=0.875", "keep_params=0.75", "keep_params=0.625", "keep_kv_bytes=0.6"),
+    ),
+    "gemma3": (".data/gemma3-270m/gemma-3-270m-q4_k_m.gguf", ("keep_params=0.75",)),
+}
+REFERENCE = "evopress"
+SUMMED = (
+    "arm",
+    "seeds",
+    "heldout_kl_mean",
+    "heldout_kl_low",
+    "heldout_kl_high",
+    "heldout_ce_mean",
+    "select_loss_mean",
+    "cost_tokens_mean",
+    "evaluations_mean",
+    "seconds_mean",
+)
+
+
+def main() -> None:
+    """Compare at each budget and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=list(MODELS))
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--budget", action="append", help="such as keep_params=0.75; several")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", action="append", default=[], help="as of depthsearch compare")
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    path, budgets = MODELS[chosen.model]
+    settings = [f"model.path={ROOT / path}", f"compare.seeds={chosen.seeds}", *chosen.set]
+    found = {
+        budget: compared(chosen.runs / f"{chosen.model}-{budget}", budget, settings)
+        for budget in chosen.budget or budgets
+    }
+    first = next(iter(found.values()))
+    result = {
+        "benchmark": "arena",
+        "signature": first["signature"],
+        "dense": first["dense"],
+        "budgets": {budget: summed_up(result) for budget, result in found.items()},
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if chosen.out is not None:
+        chosen.out.write_text(text + "\n", encoding="utf-8")
+
+
+def compared(folder: Path, budget: str, settings: Sequence[str]) -> dict[str, Any]:
+    """compare.json at one budget."""
+    if not (folder / "compare.json").exists():
+        metric, _, share = budget.partition("=")
+        program = Path(sys.executable).with_name("depthsearch")
+        command = [str(program), "compare", str(ROOT / "benchmarks/arena.yaml")]
+        command += ["--out", str(folder.absolute())]
+        for setting in (*settings, f"space.budget={{{metric}: {share}, of: blocks}}"):
+            command += ["--set", setting]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
+    return read_compare(folder)
+
+
+def summed_up(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader wants of one budget."""
+    gaps = {row["arm"]: row.get("gap_mean") for row in result["summary"]}
+    return {
+        "cost_tokens": result["cost_tokens"],
+        "arms": [
+            {key: row.get(key) for key in SUMMED} | {"gap": gaps[row["arm"]]}
+            for row in sorted(result["summary"], key=lambda row: row["heldout_kl_mean"])
+        ],
+        "masks": {f"{e['name']}-seed{e['seed']}": e["mask"] for e in result["arms"]},
+        "ranks": result["ranks"],
+        "pairs": result["pairs"],
+        "anytime": result["anytime"],
+        "share_of_cost_to_match": matched(result, REFERENCE),
+        "correlation": result["correlation"],
+        "warnings": result["warnings"],
+        "failed": result["failed"],
+        "verdict": result["verdict"],
+    }
+
+
+def matched(result: Mapping[str, Any], reference: str) -> dict[str, list[float | None]]:
+    """For each seed, the share of the reference's cost after which an arm was as good.
+
+    As good by held-out KL and by search loss, of the masks of its course that were measured; None
+    where it never was.
+    """
+    shares: dict[str, list[float | None]] = {}
+    last = {e["seed"]: e for e in result["arms"] if e["name"] == reference}
+    for entry in result["arms"]:
+        other = last.get(entry["seed"])
+        if other is None or entry["name"] == reference:
+            continue
+        there = [
+            step["cost_tokens"] / other["cost_tokens"]
+            for step in entry["anytime_heldout"]
+            if step["heldout_kl"] <= other["heldout_kl"]
+            and step["select_loss"] <= other["select_loss"]
+        ]
+        shares.setdefault(entry["name"], []).append(min(there, default=None))
+    return shares
+
+
+if __name__ == "__main__":
+    main()
