@@ -31,6 +31,7 @@ BLOCKS = {"granularity": "block", "budget": {"drop_blocks": 2}}
 GREEDY = {
     "method": "greedy",
     "max_evaluations": None,
+    "finalists": 1,
     "options": {"rule": "plain"},
     "racing": False,
 }
@@ -316,7 +317,7 @@ def test_prompts_that_do_not_fit_leave_no_directory(
         ({"prompt": "{source} in German:"}, "prompt needs target_column"),
         ({"chat": True}, "chat needs target_column"),
         ({"column": "a", "target_column": "a"}, "both 'a'"),
-        ({"column": "a", "target_column": "b", "prompt": "translate"}, "prompt"),
+        ({"column": "a", "target_column": "b", "prompt": "translate"}, r"must hold \{source\}"),
     ],
 )
 def test_settings_of_pairs_that_mean_nothing_are_refused(

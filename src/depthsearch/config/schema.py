@@ -224,7 +224,7 @@ class CalibrationConfig(_Section):
     target_column: str | None = None
     """the column with what the model should write, such as the translation of `column`: each row
     becomes a prompt and its target, for the loss chrf and as text for all others"""
-    prompt: Annotated[str, Field(pattern=r"\{source\}")] = "{source}\n"
+    prompt: str = "{source}\n"
     """with target_column: what the model reads, {source} standing for the text in `column`"""
     chat: bool = False
     """with target_column: the prompt is a user's message in the tokenizer's chat template"""
@@ -249,6 +249,13 @@ class CalibrationConfig(_Section):
     """tokens of one forward pass; part of the result, since racing decides after each batch"""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """share of the documents set aside for held-out figures"""
+
+    @field_validator("prompt", mode="after")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        if "{source}" not in prompt:
+            raise ValueError("must hold {source}, such as 'Translate into German: {source}'")
+        return prompt
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:
