@@ -54,29 +54,39 @@ def load_documents(
 
     Raises DataError where nothing usable is found, StorageError when the disk is full.
     """
-    source = text if subset is None else f"{text}[{subset}]"
-    if is_path(text, SUFFIXES):
-        files = _files(text)
-        if files[0].suffix.lower() == ".txt":
-            if column not in (None, "text"):
-                raise DataError(
-                    f"{text}: column {column!r} asked for, but txt files have none; leave "
-                    "column out"
-                )
-            texts: Sequence[object] = [part for file in files for part in _paragraphs(file)]
-        else:
-            with _reading(text):
-                dataset = _local(files)
-            texts = _column(dataset, column, text)
-    else:
-        source = f"{source}:{split}"
-        with _reading(text, hub=True):
-            dataset = _hub(text, subset, split)
-        texts = _column(dataset, column, text)
+    (texts,), source = load_columns(text, (column,), split, subset)
     kept = [value for value in texts if isinstance(value, str) and value.strip()]
     if not kept:
         raise DataError(f"{text}: holds no text; give a file or column with at least one document")
     return Documents.of(kept, source)
+
+
+def load_columns(
+    text: str, columns: Sequence[str | None], split: str = "train", subset: str | None = None
+) -> tuple[tuple[Sequence[object], ...], str]:
+    """The columns named, row by row, of what `load_documents` reads, and the name of the source.
+
+    Raises what `load_documents` raises, but for a lack of text.
+    """
+    source = text if subset is None else f"{text}[{subset}]"
+    if is_path(text, SUFFIXES):
+        files = _files(text)
+        if files[0].suffix.lower() == ".txt":
+            named = [column for column in columns if column not in (None, "text")]
+            if named:
+                raise DataError(
+                    f"{text}: column {named[0]!r} asked for, but txt files have none; leave "
+                    "column out"
+                )
+            parts = [part for file in files for part in _paragraphs(file)]
+            return tuple(parts for _ in columns), source
+        with _reading(text):
+            dataset = _local(files)
+    else:
+        source = f"{source}:{split}"
+        with _reading(text, hub=True):
+            dataset = _hub(text, subset, split)
+    return tuple(_column(dataset, column, text) for column in columns), source
 
 
 def _files(text: str) -> list[Path]:

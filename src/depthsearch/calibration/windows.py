@@ -30,7 +30,10 @@ _ORDER = 2
 
 @dataclass(frozen=True)
 class Splits:
-    """Token windows of disjoint sets of documents, each `[n, window_tokens]` of int64."""
+    """Token windows of disjoint sets of documents, each `[n, window_tokens]` of int64.
+
+    `select_texts` and `finals_texts` are the documents that went into those windows.
+    """
 
     select: Tensor
     finals: Tensor
@@ -38,6 +41,8 @@ class Splits:
     fit: Tensor
     fingerprint: str
     window_tokens: int
+    select_texts: tuple[str, ...] = ()
+    finals_texts: tuple[str, ...] = ()
 
 
 def make_splits(
@@ -90,7 +95,16 @@ def make_splits(
     for windows in (select, finals, heldout, *([fit] if len(fit) else [])):
         digest.update(len(windows).to_bytes(8, "little"))
         digest.update(windows.numpy().astype("<i8").tobytes())
-    return Splits(select, finals, heldout, fit, digest.hexdigest(), window_tokens)
+    return Splits(
+        select,
+        finals,
+        heldout,
+        fit,
+        digest.hexdigest(),
+        window_tokens,
+        tuple(rest[:used]),
+        tuple(rest[used : used + more]),
+    )
 
 
 def draw_windows(

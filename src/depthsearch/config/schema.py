@@ -57,7 +57,7 @@ Count = Annotated[Whole, Field(ge=1)]
 Tokens = Annotated[Whole, Field(ge=2)]
 Repair = Literal["none", "table", "gap", "sequential"]
 Finish = Literal["none", "gap", "sequential"]
-Loss = Literal["kl", "cross_entropy", "angular", "norm", "js"]
+Loss = Literal["kl", "cross_entropy", "angular", "norm", "js", "chrf"]
 
 
 def parse_amount(text: str, metric: str) -> int:
@@ -221,6 +221,13 @@ class CalibrationConfig(_Section):
     """a file (txt, jsonl, json, csv, parquet), a folder of them, or a hub dataset id"""
     column: str | None = None
     """the column that holds the text; not needed where there is only one candidate"""
+    target_column: str | None = None
+    """the column with what the model should write, such as the translation of `column`: each row
+    becomes a prompt and its target, for the loss chrf and as text for all others"""
+    prompt: str = "{source}\n"
+    """with target_column: what the model reads, {source} standing for the text in `column`"""
+    chat: bool = False
+    """with target_column: the prompt is a user's message in the tokenizer's chat template"""
     split: str = "train"
     """split of a hub dataset"""
     subset: str | None = None
@@ -242,6 +249,23 @@ class CalibrationConfig(_Section):
     """tokens of one forward pass; part of the result, since racing decides after each batch"""
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """share of the documents set aside for held-out figures"""
+
+    @field_validator("prompt", mode="after")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        if "{source}" not in prompt:
+            raise ValueError("must hold {source}, such as 'Translate into German: {source}'")
+        return prompt
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.target_column is None:
+            for key in ("prompt", "chat"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} needs target_column: name one, or leave {key} out")
+        elif self.target_column == self.column:
+            raise ValueError(f"column and target_column are both {self.column!r}: name two")
+        return self
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
@@ -267,9 +291,13 @@ class ObjectiveConfig(_Section):
     kind: Loss = "kl"
     """KL divergence to the dense model (kl), cross-entropy on the text itself, or a distance of the
     masked model's logits to the dense model's: their angle (angular), the norm of their difference
-    (norm), or the Jensen-Shannon divergence of the probabilities (js)"""
+    (norm), or the Jensen-Shannon divergence of the probabilities (js); or 100 less chrF++ of what
+    the masked model writes (chrf), against calibration.target_column, else against what the dense
+    model writes after the first half of each window; needs the extra `translation`"""
     positions: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """share of the token positions that the loss is computed on"""
+    """share of the token positions that the loss is computed on; chrf has none"""
+    max_new_tokens: Count = 64
+    """chrf: tokens that the model writes for each prompt at most"""
 
 
 class RacingConfig(_Section):

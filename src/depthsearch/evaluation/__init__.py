@@ -9,6 +9,7 @@ from depthsearch.evaluation.racing import Racing, evaluate
 from depthsearch.evaluation.refitted import Refitted
 from depthsearch.evaluation.rescaled import Rescaled
 from depthsearch.evaluation.streamed import Streamed
+from depthsearch.evaluation.written import Written
 
 __all__ = [
     "Backend",
@@ -18,6 +19,7 @@ __all__ = [
     "Rescaled",
     "Streamed",
     "UnitResult",
+    "Written",
     "evaluate",
     "executed_sites",
 ]

@@ -72,6 +72,12 @@ class Accounting:
         flops = body * sequences * self.window_tokens + heads * self.head_flops
         return flops / self.dense_flops
 
+    def written(self, mask: Mask, prompt_tokens: int, passes: int) -> float:
+        """One sequence that `mask` writes after a prompt: the last token is not put through."""
+        body = sum(cost for kept, cost in zip(mask.keep, self.site_flops, strict=True) if kept)
+        flops = (prompt_tokens + passes - 1) * body + passes * self.head_flops
+        return flops / self.dense_flops
+
     def plan(self, masks: Sequence[Mask], sequences: Sequence[int]) -> float:
         """`masks` on batches of so many `sequences`."""
         if not masks:

@@ -18,12 +18,14 @@ class UnitResult:
     """One unit done: for each mask its status and losses by sequence (empty after a failure).
 
     `cost_tokens` are the dense-equivalent tokens executed: sites executed weighted by their FLOPs,
-    output head included, over the FLOPs of one token through the dense model.
+    output head included, over the FLOPs of one token through the dense model. `costs` are those of
+    each mask where masks share nothing and what they cost is only known afterwards.
     """
 
     losses: tuple[tuple[float, ...], ...]
     statuses: tuple[Status, ...]
     cost_tokens: float
+    costs: tuple[float, ...] = ()
 
 
 class Backend(Protocol):
@@ -55,7 +57,7 @@ class Backend(Protocol):
         ...
 
     def plan(self, masks: Sequence[Mask]) -> float:
-        """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
+        """The `cost_tokens` of evaluating `masks` on every batch, at most, nothing computed."""
         ...
 
     def prepare(self, masks: Sequence[Mask]) -> float:

@@ -28,10 +28,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker found for one mask: losses by sequence, empty after a failure."""
+    """What a worker found for one mask: losses by sequence, empty after a failure.
+
+    `cost_tokens` is what the mask took where that is only known afterwards.
+    """
 
     losses: tuple[float, ...]
     status: Status
+    cost_tokens: float | None = None
 
 
 @dataclass(frozen=True)

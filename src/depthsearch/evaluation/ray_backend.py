@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +26,7 @@ from depthsearch.evaluation.lifeline import Lifeline
 from depthsearch.evaluation.planned import Planned
 from depthsearch.evaluation.refitted import Refitted
 from depthsearch.evaluation.worker import Computed, ModelSource, Text, Worker
+from depthsearch.evaluation.written import Written
 from depthsearch.model.packing import PackedModel
 from depthsearch.sources import one_line
 from depthsearch.space import Mask, Status
@@ -182,7 +184,8 @@ class RayCrew:
         computed: Computed = found
         if computed.error is None:
             statuses = map(Status, computed.statuses)
-            answers = tuple(map(Answer, computed.losses, statuses))
+            costs = computed.costs or repeat(None)
+            answers = tuple(map(Answer, computed.losses, statuses, costs))
             return Done(worker, number, answers, computed.seconds)
         if computed.fatal:
             self.kill(worker)
@@ -229,14 +232,16 @@ class Cluster:
         self.on_state({"version": 1, "time": time.time(), **state})
 
 
-class RayBackend(Planned[InProcess | Refitted]):
+class RayBackend(Planned[InProcess | Refitted | Written]):
     """Evaluates masks on one text by the workers of a cluster: a `Backend`.
 
     `planner` is the same text in-process, which says what things cost and computes the hints; it
     runs no unit.
     """
 
-    def __init__(self, cluster: Cluster, planner: InProcess | Refitted, text: Text) -> None:
+    def __init__(
+        self, cluster: Cluster, planner: InProcess | Refitted | Written, text: Text
+    ) -> None:
         super().__init__(planner)
         self._cluster = cluster
         self._text = text
@@ -248,13 +253,17 @@ class RayBackend(Planned[InProcess | Refitted]):
         """Have one unit computed, in pieces, and the next ones begun.
 
         The cost is that of the whole set on one worker, so that it does not depend on how many
-        there are.
+        there are; of texts written, what each worker counted.
         """
         answers = self._cluster.dispatcher.compute(self._text.name, batch, masks, ahead, sure=sure)
+        if isinstance(self._planner, Written):
+            cost = sum(answer.cost_tokens or 0.0 for answer in answers)
+        else:
+            cost = self._planner.unit_cost(batch, masks)
         return UnitResult(
             tuple(answer.losses for answer in answers),
             tuple(answer.status for answer in answers),
-            self._planner.unit_cost(batch, masks),
+            cost,
         )
 
 

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from depthsearch.calibration.objectives import OBJECTIVES
+from depthsearch.calibration.tasks import Task
 from depthsearch.evaluation.crew import Answer
 from depthsearch.evaluation.inprocess import InProcess
 from depthsearch.evaluation.refitted import Refitted, repairing
 from depthsearch.evaluation.spread import share_answers, share_batches
 from depthsearch.evaluation.streamed import Streamed
 from depthsearch.evaluation.turns import Repair
+from depthsearch.evaluation.written import Written
 from depthsearch.model.anatomy import describe
 from depthsearch.model.load import checkpoint_folder, load_model, resolve_devices
 from depthsearch.model.packing import PackedModel, unpack
@@ -30,6 +32,8 @@ from depthsearch.model.replay import Mode
 from depthsearch.model.streaming import StreamedModel
 from depthsearch.sources import one_line
 from depthsearch.space import Mask
+
+Judge = InProcess | Refitted | Streamed | Written
 
 _TEXTS_KEPT = 3
 
@@ -56,7 +60,8 @@ class ModelSource:
 class Text:
     """Windows `[sequence, window]` with all that `InProcess` needs to judge masks on them.
 
-    With a `repair` masks are fitted on the windows `fit` first.
+    With a `repair` masks are fitted on the windows `fit` first. With a `task` they are judged by
+    what they write.
     """
 
     name: str
@@ -68,13 +73,14 @@ class Text:
     seed: int
     fit: Any = None
     repair: Repair = "none"
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
 class Computed:
     """A unit's losses `[mask][sequence]`, statuses and seconds; or `error`, one line.
 
-    After a `fatal` error the worker can't be trusted any more.
+    `costs` are as in `UnitResult`. After a `fatal` error the worker can't be trusted any more.
     """
 
     losses: tuple[tuple[float, ...], ...] = ()
@@ -82,6 +88,7 @@ class Computed:
     seconds: float = 0.0
     error: str | None = None
     fatal: bool = False
+    costs: tuple[float, ...] = ()
 
 
 class Worker:
@@ -106,7 +113,7 @@ class Worker:
                 source.trust_remote_code,
             ).model
         self._anatomy = describe(self._model)
-        self._texts: OrderedDict[str, InProcess | Refitted | Streamed] = OrderedDict()
+        self._texts: OrderedDict[str, Judge] = OrderedDict()
 
     def about(self) -> dict[str, Any]:
         """Where this worker runs."""
@@ -127,6 +134,7 @@ class Worker:
             tuple(answer.losses for answer in answers),
             tuple(str(answer.status) for answer in answers),
             time.perf_counter() - start,
+            costs=tuple(a.cost_tokens for a in answers if a.cost_tokens is not None),
         )
 
     def _answers(self, text: Text, batch: int, masks: Sequence[Mask]) -> Sequence[Answer]:
@@ -136,9 +144,10 @@ class Worker:
             sequences = [backend.sequences[number] for number in share]
             return share_answers(backend.run_all(masks, share), sequences)
         unit = backend.run(batch, masks)
-        return [Answer(*found) for found in zip(unit.losses, unit.statuses, strict=True)]
+        costs = unit.costs or (None,) * len(masks)
+        return [Answer(*found) for found in zip(unit.losses, unit.statuses, costs, strict=True)]
 
-    def _backend(self, text: Text) -> InProcess | Refitted | Streamed:
+    def _backend(self, text: Text) -> Judge:
         if text.name not in self._texts:
             while len(self._texts) >= _TEXTS_KEPT:
                 self._texts.popitem(last=False)
@@ -146,7 +155,7 @@ class Worker:
         self._texts.move_to_end(text.name)
         return self._texts[text.name]
 
-    def _made(self, text: Text) -> InProcess | Refitted | Streamed:
+    def _made(self, text: Text) -> Judge:
         what: dict[str, Any] = {
             "windows": torch.from_numpy(text.windows.copy()),
             "objective": OBJECTIVES[text.objective](),
@@ -157,5 +166,7 @@ class Worker:
         }
         if self._streamed is not None:
             return Streamed(self._streamed, **what, host_bytes=self._host_bytes)
+        if text.task is not None:
+            return Written(InProcess(self._model, self._anatomy, **what), text.task)
         fit = None if text.fit is None else torch.from_numpy(text.fit.copy())
         return repairing(text.repair, fit, model=self._model, anatomy=self._anatomy, **what)

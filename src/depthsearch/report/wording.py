@@ -30,6 +30,7 @@ _LOSSES = {
     "angular": ("angle to the dense model's logits", "half turns"),
     "norm": ("distance to the dense model's logits", "logits"),
     "js": ("Jensen-Shannon divergence to the dense model", "nats"),
+    "chrf": ("100 less chrF++ of the texts written", "points"),
 }
 
 
@@ -63,7 +64,7 @@ def loss_name(kind: str) -> str:
 
 
 def loss_unit(kind: str) -> str:
-    """The unit of a loss of that kind: nats but for the angle and the norm."""
+    """The unit of a loss of that kind: nats but for the angle, the norm and chrF++."""
     return _LOSSES.get(kind, (kind, ""))[1]
 
 

@@ -37,6 +37,7 @@ from depthsearch.run.search import shareable_config
 from depthsearch.run.session import Session, opened
 from depthsearch.run.stability import Sample, stability
 from depthsearch.run.stability_words import verdict, warnings
+from depthsearch.run.tasks import refuse_task
 from depthsearch.space import Mask, Proposal, Status
 
 _MASKS_SEED = 1
@@ -65,6 +66,7 @@ def check_calibration(
     else, NothingFoundError where fewer than two masks can be judged.
     """
     _check_out(config, out)
+    refuse_task(config, "a calibration check")
     documents = [load_documents(text, column) for text, column in others]
     stage = on_stage or (lambda *_: None)
     with opened(config, session) as session:

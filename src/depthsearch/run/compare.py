@@ -38,6 +38,7 @@ from depthsearch.run.loop import OnProgress
 from depthsearch.run.search import Finish, resume, search
 from depthsearch.run.session import Session, check_search, make_space, opened
 from depthsearch.run.standing import NOTHING, measured_entry, ranks_of, section
+from depthsearch.run.tasks import check_task
 from depthsearch.run.verdict import ONE_SEED, overall
 from depthsearch.run.workers import check_gradients, check_repair
 
@@ -71,6 +72,7 @@ def compare(
         check_search(settings)
         check_repair(config, settings)
         check_gradients(config, settings)
+        check_task(config, settings)
     _check_out(config, out)
     with opened(config, session) as session:
         return _compare(config, out, session, on_arm, on_heldout, finish)

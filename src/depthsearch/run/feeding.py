@@ -23,6 +23,7 @@ from depthsearch.evaluation.feeding import (
 )
 from depthsearch.journal import Record, read_journal
 from depthsearch.run.directory import ARMS, CONFIG, JOURNAL
+from depthsearch.run.tasks import scores_text
 from depthsearch.space import Evaluation, Status
 
 MOST_WORKERS = 4096
@@ -156,6 +157,11 @@ def read_asked(run: Path) -> Asked:
         raise InputError(
             f"{run} streams its weights (model.streamed): workers then take shares of all batches "
             "in one pass over the weights, which is not simulated"
+        )
+    if scores_text(config.score):
+        raise InputError(
+            f"{run} judges masks by what they write (chrf): they share no work then, as those do "
+            "that are simulated"
         )
     records = read_journal(run / JOURNAL)
     try:

@@ -15,11 +15,13 @@ import transformers
 
 from depthsearch import __version__
 from depthsearch.calibration.objectives import OBJECTIVES, KLDivergence, Objective
-from depthsearch.calibration.text import Documents, load_documents
+from depthsearch.calibration.parallel import Pair
+from depthsearch.calibration.tasks import Task
+from depthsearch.calibration.text import Documents
 from depthsearch.calibration.windows import Splits, make_splits
 from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
 from depthsearch.errors import MaskError, RunDirectoryError
-from depthsearch.evaluation import Backend, InProcess, Racing, Refitted, Streamed
+from depthsearch.evaluation import Backend, InProcess, Racing, Refitted, Streamed, Written
 from depthsearch.evaluation.refitted import repairing
 from depthsearch.evaluation.turns import Repair
 from depthsearch.model.anatomy import Anatomy, describe
@@ -34,6 +36,7 @@ from depthsearch.model.load import (
 from depthsearch.model.repair import Patch
 from depthsearch.model.selfcheck import SelfCheck, self_check
 from depthsearch.model.streaming import StreamedModel
+from depthsearch.run import tasks
 from depthsearch.run.front import with_front
 from depthsearch.run.loop import Outcome, Plan
 from depthsearch.run.replaying import searcher_options
@@ -67,6 +70,7 @@ class Session:
     space: SearchSpace
     streamed: StreamedModel | None = None
     workers: Workers = field(default_factory=Workers, repr=False, compare=False)
+    pairs: Mapping[str, Pair] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, config: RunConfig) -> Session:
@@ -75,24 +79,21 @@ class Session:
         check_cluster(config)
         check_repair(config, config.search)
         check_gradients(config, config.search)
+        tasks.check_task(config, config.search)
         threads = threads_of(config)
         if threads is not None:
             torch.set_num_threads(threads)
-        documents = load_documents(
-            config.calibration.text,
-            config.calibration.column,
-            config.calibration.split,
-            config.calibration.subset,
-        )
+        text = tasks.load_text(config.calibration)
         streamed = None
         if config.model.streamed:
             loaded, streamed = open_streamed(config)
         else:
             loaded = open_model(config)
+        documents, pairs = tasks.prompted(text, config.calibration, loaded.tokenizer)
         anatomy = describe(loaded.model)
         space = with_front(make_space(config.space, loaded.model, anatomy), config.front)
         check = self_check(loaded.model, anatomy) if streamed is None else streamed.check()
-        return cls(config, loaded, anatomy, check, documents, space, streamed)
+        return cls(config, loaded, anatomy, check, documents, space, streamed, pairs=pairs)
 
     def splits(self, seed: int, fit_tokens: int | None = None) -> Splits:
         """Select and finals windows drawn by `seed`; the held-out ones never depend on it.
@@ -136,11 +137,11 @@ class Session:
 
     def backends(self, splits: Splits, seed: int) -> tuple[Backend, Backend]:
         """What judges masks in the search, and what judges its finalists."""
-        search = self.config.search
+        search, score = self.config.search, self.config.score
         fit = [self._fit_windows(splits, final=final) for final in (False, True)]
         return (
-            self.backend(splits.select, seed, search.repair, fit[0], self.config.score),
-            self.backend(splits.finals, seed, search.finished, fit[1]),
+            self.backend(splits.select, seed, search.repair, fit[0], score, splits.select_texts),
+            self.backend(splits.finals, seed, search.finished, fit[1], None, splits.finals_texts),
         )
 
     def repair(
@@ -168,21 +169,26 @@ class Session:
         repair: Repair = "none",
         fit: torch.Tensor | None = None,
         score: str | None = None,
+        texts: Sequence[str] = (),
     ) -> Backend:
         """The configured backend for the configured objective, or another `score`, on `windows`.
 
-        With a `repair` masks are fitted on the windows `fit` first.
+        With a `repair` masks are fitted on `fit` first; a task score takes the documents `texts`.
         """
         objective, calibration = self.config.objective, self.config.calibration
-        kind = score or objective.kind
-        here = self._here(windows, OBJECTIVES[kind](), objective.positions, seed, repair, fit)
+        kind, task = score or objective.kind, None
+        if tasks.scores_text(kind):
+            # Hints are taken on the windows all the same.
+            kind = "kl"
+            task = tasks.make_task(self.config, self.loaded, self.pairs, windows, texts)
+        here = self._here(windows, OBJECTIVES[kind](), objective.positions, seed, repair, fit, task)
         if self.config.cluster.backend == "in-process":
             return here
         from depthsearch.evaluation.ray_backend import RayBackend
         from depthsearch.evaluation.spread import SpreadStreamed
 
         judged = (kind, str(self.check.mode), calibration.batch_tokens, objective.positions, seed)
-        text = worker_text(windows, *judged, repair=repair, fit=fit)
+        text = worker_text(windows, *judged, repair=repair, fit=fit, task=task)
         cluster = self.workers.start(self.config, self.loaded)
         if isinstance(here, Streamed):
             cluster.crew.add_text(text)
@@ -210,7 +216,7 @@ class Session:
     def judge(self, windows: torch.Tensor) -> InProcess | Streamed:
         """A backend of this process for held-out figures, on every position."""
         here = self._here(windows, KLDivergence(), 1.0, 0)
-        assert not isinstance(here, Refitted)
+        assert isinstance(here, InProcess | Streamed)
         return here
 
     def _here(
@@ -221,7 +227,8 @@ class Session:
         seed: int,
         repair: Repair = "none",
         fit: torch.Tensor | None = None,
-    ) -> InProcess | Refitted | Streamed:
+        task: Task | None = None,
+    ) -> InProcess | Refitted | Streamed | Written:
         what: dict[str, Any] = {
             "windows": windows,
             "objective": objective,
@@ -232,6 +239,8 @@ class Session:
         }
         if self.streamed is not None:
             return Streamed(self.streamed, **what, host_bytes=host_bytes(self.config.model))
+        if task is not None:
+            return Written(InProcess(self.loaded.model, self.anatomy, **what), task)
         return repairing(repair, fit, model=self.loaded.model, anatomy=self.anatomy, **what)
 
     @property
@@ -288,7 +297,7 @@ class Session:
         """What a figure cannot be separated from: versions, model, data, protocol, seed, dtype."""
         calibration, objective = self.config.calibration, self.config.objective
         finals = "" if self._one_loss else f", finals on {objective.kind}"
-        searched = f"search on {self.config.score}{finals}"
+        searched = f"search on {self.config.score}{finals}{tasks.protocol(self.config)}"
         return {
             "depthsearch": __version__,
             "torch": torch.__version__,
@@ -315,6 +324,7 @@ class Session:
                 f"batches of {calibration.batch_tokens} tokens, {self._repair_text}"
                 f"replay by {self.check.mode}"
             ),
+            **tasks.metric(self.config),
             "seed": seed,
         }
 

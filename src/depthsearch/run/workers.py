@@ -19,6 +19,7 @@ from depthsearch.searchers import needs_sensitivity
 from depthsearch.sources import is_path
 
 if TYPE_CHECKING:
+    from depthsearch.calibration.tasks import Task
     from depthsearch.evaluation.ray_backend import Cluster
     from depthsearch.evaluation.worker import Text
 
@@ -78,6 +79,7 @@ def worker_text(
     *,
     repair: Repair = "none",
     fit: Tensor | None = None,
+    task: Task | None = None,
 ) -> Text:
     """A text as workers take it, under a name that no other text of the session has."""
     from depthsearch.evaluation.worker import Text
@@ -85,6 +87,8 @@ def worker_text(
     digest = hashlib.sha256(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
     if repair != "none" and fit is not None:
         digest.update(repair.encode() + fit.numpy().tobytes())
+    if task is not None:
+        digest.update(task.fingerprint.encode())
     return Text(
         name=f"{digest.hexdigest()[:16]}-{seed}-{objective}-{positions:g}",
         windows=windows.numpy(),
@@ -95,6 +99,7 @@ def worker_text(
         seed=seed,
         fit=None if fit is None or repair == "none" else fit.numpy(),
         repair=repair,
+        task=task,
     )
 
 

@@ -1,0 +1,118 @@
+"""What a model is asked to write, and what the text is held against."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from depthsearch.calibration.parallel import Pair
+from depthsearch.calibration.windows import opening_tokens
+from depthsearch.errors import DataError
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts as token ids, each to be continued by at most `max_new_tokens` tokens.
+
+    A continuation ends before the first of the tokens `ends`. `references` holds one text a
+    prompt; None stands for what the dense model itself writes. `tokenizer` turns ids into text.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    references: tuple[str, ...] | None
+    max_new_tokens: int
+    ends: tuple[int, ...]
+    tokenizer: Any = field(repr=False, compare=False)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 of all that decides what is asked for and what it is held against."""
+        parts = (self.prompts, self.references, self.max_new_tokens, self.ends)
+        return hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass")).hexdigest()
+
+    def batches(self, batch_tokens: int) -> tuple[range, ...]:
+        """The prompts in order, in batches that take at most `batch_tokens` tokens when written.
+
+        Prompts count as the longest of their batch, with all new tokens; a batch has one at least.
+        """
+        found: list[range] = []
+        start, widest = 0, 0
+        for place, prompt in enumerate(self.prompts):
+            wider = max(widest, len(prompt))
+            if place > start and (place + 1 - start) * (wider + self.max_new_tokens) > batch_tokens:
+                found.append(range(start, place))
+                start, wider = place, len(prompt)
+            widest = wider
+        return (*found, range(start, len(self.prompts)))
+
+    def texts(self, written: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        """What continuations of token ids say."""
+        decode = self.tokenizer.decode
+        return tuple(str(decode(list(ids), skip_special_tokens=True)) for ids in written)
+
+
+def continuation_task(windows: Tensor, model: Any, tokenizer: Any, max_new_tokens: int) -> Task:
+    """The first half of each window `[n, window]`, held against the dense model's continuation.
+
+    Raises DataError where that does not fit into the model's context.
+    """
+    prompts = tuple(map(tuple, windows[:, : windows.shape[1] // 2].tolist()))
+    return _fitting(prompts, None, model, tokenizer, max_new_tokens)
+
+
+def pair_task(pairs: Sequence[Pair], model: Any, tokenizer: Any, max_new_tokens: int) -> Task:
+    """The prompts of `pairs`, held against their references.
+
+    Tokens that the tokenizer itself puts before a text open every prompt, unless it has them.
+    Raises DataError where a prompt does not fit into the model's context.
+    """
+    opening = opening_tokens(tokenizer)
+    texts = [pair.prompt for pair in pairs]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    prompts = tuple(
+        (*(() if tuple(ids[: len(opening)]) == opening else opening), *ids) for ids in encoded
+    )
+    references = tuple(pair.reference for pair in pairs)
+    return _fitting(prompts, references, model, tokenizer, max_new_tokens)
+
+
+def _fitting(
+    prompts: tuple[tuple[int, ...], ...],
+    references: tuple[str, ...] | None,
+    model: Any,
+    tokenizer: Any,
+    max_new_tokens: int,
+) -> Task:
+    ends = _end_tokens(model, tokenizer)
+    task = Task(prompts, references, max_new_tokens, ends, tokenizer)
+    if not min(map(len, prompts)):
+        raise DataError("a prompt has no tokens: give calibration.prompt some text of its own")
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and task.longest + max_new_tokens > int(room):
+        shorter = "window_tokens" if references is None else "prompt, or leave long texts out"
+        raise DataError(
+            f"a prompt of {task.longest:,} tokens and objective.max_new_tokens = "
+            f"{max_new_tokens:,} more do not fit into the model's context of {int(room):,} tokens: "
+            f"lower max_new_tokens, or shorten calibration.{shorter}"
+        )
+    return task
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a text, by the model's settings for generation and the tokenizer."""
+    found: set[int] = set()
+    for holder in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ends = getattr(holder, "eos_token_id", None)
+        if ends is not None:
+            found.update(ends if isinstance(ends, list | tuple) else [ends])
+    return tuple(sorted(found))
