@@ -1,12 +1,14 @@
 """What closed-form repair is worth: masks as cut and repaired, against the size of the fit text.
 
-    python benchmarks/repair.py CONFIG --mask NAME=KEY ... [--other TEXT] [--out FILE]
+    python benchmarks/repair.py CONFIG --mask NAME=KEY ... [--other TEXT] [--fit-text TEXT]
+                                [--shares 0 0.5 1] [--out FILE]
 
 CONFIG is a run file; its model, text and windows are used. Every mask is judged as cut and repaired
 in each of `--kinds` with each size of fit text, once for each of `--seeds`, which draw the text.
 Losses are those on the fit text itself, on held-out text of the same source, and on held-out text
-of `--other`; a repair that overfits shows as a gap between the first two. Then what evaluating
-offspring of the first mask costs, repaired and not. Prints one JSON document.
+of `--other`; a repair that overfits shows as a gap between the first two. With `--fit-text` each of
+`--shares` of the fit text is taken from there, such as from what the model wrote itself. Then what
+evaluating offspring of the first mask costs, repaired and not. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from torch import Tensor
 
 from depthsearch.calibration.objectives import KLDivergence
 from depthsearch.calibration.text import load_documents
-from depthsearch.calibration.windows import make_splits
+from depthsearch.calibration.windows import Other, make_splits
 from depthsearch.config import load_config
 from depthsearch.evaluation import InProcess, Refitted
 from depthsearch.model.operators import OPERATORS
@@ -48,6 +51,8 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--mask", action="append", required=True, help="NAME=KEY")
     parser.add_argument("--other", help="text of another domain, under the same column")
+    parser.add_argument("--fit-text", help="text for a share of the fit, under the column `text`")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0], help="of --fit-text")
     parser.add_argument("--fit", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--kinds", nargs="+", default=KINDS, help=f"{KINDS} or gap:OPERATOR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -75,6 +80,8 @@ class Bench:
         documents = {"same": self._session.documents}
         if chosen.other is not None:
             documents["other"] = load_documents(chosen.other, calibration.column)
+        given = chosen.fit_text
+        self._fit_text = None if given is None else load_documents(given)
         # Held-out text never depends on the seed.
         self._texts = {
             name: self._judge(self._split(found, 0, 0)) for name, found in documents.items()
@@ -95,6 +102,7 @@ class Bench:
                     f"held-out {self._chosen.heldout} tokens, windows of "
                     f"{calibration.window_tokens}, every position"
                 ),
+                **self._fit_signature(),
                 "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             },
             "masks": {name: mask.key for name, mask in self._masks.items()},
@@ -103,12 +111,18 @@ class Bench:
             "price": self._price(),
         }
 
+    def _fit_signature(self) -> dict[str, str]:
+        found = self._fit_text
+        return (
+            {} if found is None else {"fit_text": f"{Path(found.source).name} {found.fingerprint}"}
+        )
+
     def _figures(self) -> Iterator[dict[str, Any]]:
         for name, mask in self._masks.items():
             yield {"mask": name, "kind": "as cut", **self._losses(mask, ())}
         largest = max(self._chosen.fit)
-        for seed in self._chosen.seeds:
-            windows = self._split(self._session.documents, seed, largest, heldout=0)
+        for seed, share in product(self._chosen.seeds, self._chosen.shares):
+            windows = self._split(self._session.documents, seed, largest, heldout=0, share=share)
             for tokens in self._chosen.fit:
                 fit = windows[: tokens // windows.shape[1]]
                 on_fit = self._judge(fit[: self._chosen.heldout // 4 // windows.shape[1]])
@@ -118,7 +132,8 @@ class Bench:
                     repairer = self._repairer(kind, fit)
                     for name, mask in self._masks.items():
                         row = self._repaired(mask, repairer, on_fit)
-                        row = {"mask": name, "kind": kind, "seed": seed, "fit": tokens, **row}
+                        row = {"kind": kind, "seed": seed, "share": share, "fit": tokens, **row}
+                        row = {"mask": name, **row}
                         print(json.dumps(row), file=sys.stderr, flush=True)
                         yield row
 
@@ -197,7 +212,14 @@ class Bench:
             fit=fit,
         )
 
-    def _split(self, documents: Any, seed: int, fit: int, heldout: int | None = None) -> Tensor:
+    def _split(
+        self,
+        documents: Any,
+        seed: int,
+        fit: int,
+        heldout: int | None = None,
+        share: float = 0.0,
+    ) -> Tensor:
         """The held-out windows, or, with `heldout` 0, `fit` tokens for repairs."""
         calibration = self._session.config.calibration
         tokens = self._chosen.heldout if heldout is None else heldout
@@ -211,6 +233,7 @@ class Bench:
             calibration.heldout_fraction,
             seed,
             fit,
+            Other(self._fit_text, share) if self._fit_text is not None and share else None,
         )
         return splits.fit if heldout == 0 else splits.heldout
 

@@ -204,6 +204,41 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Hub id, directory or GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="New jsonl file; never an existing one.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32768,
+    window_tokens: Annotated[int, typer.Option(help="Length of one text at most.")] = 256,
+    seed: Annotated[int, typer.Option(help="The same gives the same text on one machine.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Of the sampling; 1 is the model's own.")] = 1,
+    start: Annotated[
+        str | None, typer.Option(help="What every text begins with; left out, the first token.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Texts written at a time.")] = 32,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Have a model write text of its own, for repairs to be fitted on (calibration.fit_text).
+
+    A repair carries over to the kinds of text that it was fitted on; a model's own text is a
+    sample of all kinds that it knows.
+    """
+    from depthsearch.run.generation import GenerateOptions
+    from depthsearch.run.generation import generate as run_generate
+    from depthsearch.terminal import stage_bar
+
+    options = GenerateOptions(tokens, window_tokens, seed, temperature, start, batch)
+    with stage_bar() as bar:
+        found = run_generate(
+            model, out, options, dtype=dtype, device=device, revision=revision, on_text=bar
+        )
+    said = f"{found['texts']:,} texts of {found['tokens']:,} tokens in {out}"
+    _show(found, as_json, lambda _: [said])
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Directory of a run, comparison or check.")],
 ) -> None:

@@ -9,8 +9,10 @@ fit         drawn by the seed: repairs are fitted on it, and nothing is judged
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,9 @@ HELDOUT_SEED = 20_250_117
 _DOCUMENTS_AT_ONCE = 64
 _ORDER = 2
 """Sets the order of the windows apart from other draws of one seed."""
+_OTHERS = 3
+_EXACT = 1e-9
+"""Keeps a share such as 0.1 of ten windows from falling below one by rounding."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ def make_splits(
     heldout_fraction: float,
     seed: int,
     fit_tokens: int = 0,
+    fit_other: Other | None = None,
 ) -> Splits:
     """Tokenize as many documents as needed and pack each split into windows of one length.
 
@@ -65,6 +71,9 @@ def make_splits(
     into non-overlapping windows. Tokens which the tokenizer itself puts before a text, such as
     Gemma's begin-of-text token, open every window. Each split has `tokens // window_tokens`
     windows; a split asked for with 0 tokens is empty.
+
+    With `fit_other` a share of the fit windows is from those documents, spread evenly among the
+    others; documents that `documents` holds as well are left out of it.
 
     Raises DataError where the figures don't fit together or the text is too short.
     """
@@ -87,7 +96,11 @@ def make_splits(
     heldout, _ = packer.pack(held, heldout_tokens, "heldout")
     select, used = packer.pack(rest, select_tokens, "select")
     finals, more = packer.pack(rest[used:], finals_tokens, "finals")
-    fit, _ = packer.pack(rest[used + more :], fit_tokens, "fit")
+    theirs = fit_other.places(fit_tokens // window_tokens) if fit_other is not None else []
+    own_tokens = fit_tokens - sum(theirs) * window_tokens
+    fit, _ = packer.pack(rest[used + more :], own_tokens, "fit")
+    if fit_other is not None and any(theirs):
+        fit = fit_other.mixed_into(fit, theirs, set(documents.texts), packer, seed)
     # A race judges by the first windows, which must stand for all: neighbours share a document.
     order = np.random.default_rng([seed, _ORDER]).permutation(len(select))
     select = select[torch.from_numpy(order)]
@@ -216,6 +229,43 @@ def opening_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+@dataclass(frozen=True)
+class Other:
+    """Documents of another kind that a `share` of the fit windows, in (0, 1], is made of."""
+
+    documents: Documents
+    share: float
+
+    def places(self, count: int) -> list[bool]:
+        """Which of `count` windows they are, evenly spread and the same for any first part."""
+        ends = [math.floor(self.share * place + _EXACT) for place in range(count + 1)]
+        return [after > before for before, after in pairwise(ends)]
+
+    def mixed_into(
+        self, own: Tensor, theirs: Sequence[bool], known: set[str], packer: _Packer, seed: int
+    ) -> Tensor:
+        """The windows `own` `[n, window]` with those of the other documents at their places.
+
+        Raises DataError where these are too short without those that are `known`.
+        """
+        texts = [text for text in dict.fromkeys(self.documents.texts) if text not in known]
+        order = np.random.default_rng([seed, _OTHERS]).permutation(len(texts))
+        body = packer.window_tokens - len(packer.prefix)
+        stream, _ = packer.stream([texts[i] for i in order], sum(theirs) * body)
+        if len(stream) < sum(theirs) * body:
+            raise DataError(
+                f"{self.documents.source}: repairs need {sum(theirs) * packer.window_tokens:,} "
+                f"tokens of it, but its {len(texts):,} documents that the calibration text does "
+                f"not hold have {len(stream) // body * packer.window_tokens:,}; lower fit_share or "
+                "the fit tokens, or give more text"
+            )
+        fit = torch.empty((len(theirs), packer.window_tokens), dtype=torch.int64)
+        places = torch.tensor(theirs)
+        fit[places] = packer.rows(stream, sum(theirs))
+        fit[~places] = own
+        return fit
 
 
 @dataclass(frozen=True)

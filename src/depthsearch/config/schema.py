@@ -243,6 +243,13 @@ class CalibrationConfig(_Section):
     stream there is kept in memory: tokens x (sublayers + 1) x hidden size numbers"""
     finals_fit_tokens: Tokens = 32768
     """tokens that the repairs of the finalists and of the result are fitted on"""
+    fit_text: Annotated[str, Field(min_length=1)] | None = None
+    """text of another kind for repairs to be fitted on beside `text`, such as what `depthsearch
+    generate` has the model write: they carry over only to kinds of text that they have seen"""
+    fit_column: str | None = None
+    """the column of fit_text that holds the text"""
+    fit_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """share of the fit tokens that is taken from fit_text"""
     heldout_tokens: Tokens = 16384
     """tokens that no decision sees, for the figures of the result"""
     batch_tokens: Tokens = 1024

@@ -36,7 +36,8 @@ class CardData:
     """What the run knows about the mask; everything is optional.
 
     `origin` is how the mask was found, `calibration` the text its loss was measured on, `command`
-    and `config` what to type to repeat the run, `repair` which weights were refitted.
+    and `config` what to type to repeat the run, `repair` which weights were refitted, and
+    `fitted_on` the text that they were refitted on.
     """
 
     origin: str | None = None
@@ -44,6 +45,7 @@ class CardData:
     signature: Mapping[str, Any] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()
     calibration: str | None = None
+    fitted_on: str | None = None
     command: str | None = None
     config: str | None = None
     repair: Mapping[str, Any] | None = None
@@ -207,8 +209,8 @@ def _refitted(loaded: LoadedModel, card: CardData) -> str:
         f"{what} {len(sites)} sublayers (numbers of the base model) were "
         "refitted by ridge least squares, so that the residual stream follows the base model's "
         f"behind what was dropped; {card.repair['fit_tokens']:,} tokens of "
-        f"{card.calibration or 'the calibration text'} were used, none of which judged a mask. No "
-        "parameter was added."
+        f"{card.fitted_on or card.calibration or 'the calibration text'} were used, none of which "
+        "judged a mask. No parameter was added."
     ]
     lines += [
         f"- `{name}`: {100 * found['left']:.0f} % of the squared error left on tokens held back, "

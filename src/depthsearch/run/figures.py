@@ -27,6 +27,7 @@ from depthsearch.quality import (
     perplexity,
 )
 from depthsearch.run.directory import BEST, REPAIR, read_json, write_json
+from depthsearch.run.fits import fit_name
 from depthsearch.run.front import find_point
 from depthsearch.run.search import run_config, shareable_config
 from depthsearch.run.session import Session
@@ -105,6 +106,7 @@ def export_run(
         signature=best["signature"],
         repair=repair,
         calibration=session.documents_name,
+        fitted_on=fit_name(session.documents, session.fit_other),
         command=f"depthsearch search config.yaml --out run && depthsearch export run model{option}",
         config=yaml.safe_dump(shareable_config(session), sort_keys=False, allow_unicode=True),
     )

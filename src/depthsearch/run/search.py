@@ -25,6 +25,7 @@ from depthsearch.run.directory import (
     create_directory,
     write_json,
 )
+from depthsearch.run.fits import text_name
 from depthsearch.run.front import front_json
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, check_cost
@@ -219,6 +220,8 @@ def shareable_config(session: Session) -> dict[str, Any]:
     del config["model"]["streamed"], config["model"]["host_gb"]
     config["model"]["path"] = session.model_json["source"]
     config["calibration"]["text"] = session.documents_name
+    if session.fit_other is not None:
+        config["calibration"]["fit_text"] = text_name(session.fit_other.documents)
     if config["search"]["options"].get("storage") is not None:
         # Its URL may hold a password.
         config["search"]["options"]["storage"] = "(not recorded)"

@@ -18,7 +18,7 @@ from depthsearch.calibration.objectives import OBJECTIVES, KLDivergence, Objecti
 from depthsearch.calibration.parallel import Pair
 from depthsearch.calibration.tasks import Task
 from depthsearch.calibration.text import Documents
-from depthsearch.calibration.windows import Splits, make_splits
+from depthsearch.calibration.windows import Other, Splits, make_splits
 from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
 from depthsearch.errors import MaskError, RunDirectoryError
 from depthsearch.evaluation import Backend, InProcess, Racing, Refitted, Streamed, Written
@@ -37,6 +37,7 @@ from depthsearch.model.repair import Patch
 from depthsearch.model.selfcheck import SelfCheck, self_check
 from depthsearch.model.streaming import StreamedModel
 from depthsearch.run import tasks
+from depthsearch.run.fits import fit_data, load_fit, text_name
 from depthsearch.run.front import with_front
 from depthsearch.run.loop import Outcome, Plan
 from depthsearch.run.replaying import searcher_options
@@ -71,6 +72,7 @@ class Session:
     streamed: StreamedModel | None = None
     workers: Workers = field(default_factory=Workers, repr=False, compare=False)
     pairs: Mapping[str, Pair] = field(default_factory=dict, repr=False)
+    fit_other: Other | None = field(default=None, repr=False)
 
     @classmethod
     def open(cls, config: RunConfig) -> Session:
@@ -84,6 +86,7 @@ class Session:
         if threads is not None:
             torch.set_num_threads(threads)
         text = tasks.load_text(config.calibration)
+        other = load_fit(config.calibration)
         streamed = None
         if config.model.streamed:
             loaded, streamed = open_streamed(config)
@@ -93,7 +96,9 @@ class Session:
         anatomy = describe(loaded.model)
         space = with_front(make_space(config.space, loaded.model, anatomy), config.front)
         check = self_check(loaded.model, anatomy) if streamed is None else streamed.check()
-        return cls(config, loaded, anatomy, check, documents, space, streamed, pairs=pairs)
+        return cls(
+            config, loaded, anatomy, check, documents, space, streamed, pairs=pairs, fit_other=other
+        )
 
     def splits(self, seed: int, fit_tokens: int | None = None) -> Splits:
         """Select and finals windows drawn by `seed`; the held-out ones never depend on it.
@@ -111,6 +116,7 @@ class Session:
             calibration.heldout_fraction,
             seed,
             self._fit_tokens if fit_tokens is None else fit_tokens,
+            self.fit_other,
         )
 
     def check_model(self, best: Mapping[str, Any], run: Path) -> None:
@@ -290,8 +296,7 @@ class Session:
     @property
     def documents_name(self) -> str:
         """The calibration text's hub id, or the name of its file without the folders above."""
-        source = self.documents.source
-        return Path(source).name if is_path(source) else source
+        return text_name(self.documents)
 
     def signature(self, splits: Splits, seed: int) -> dict[str, Any]:
         """What a figure cannot be separated from: versions, model, data, protocol, seed, dtype."""
@@ -312,6 +317,7 @@ class Session:
                 "source": self.documents_name,
                 "documents": self.documents.fingerprint,
                 "windows": splits.fingerprint,
+                **fit_data(self.fit_other),
             },
             "heldout_protocol": (
                 f"KL and cross-entropy on every position of {len(splits.heldout)} windows of "
