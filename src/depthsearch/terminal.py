@@ -133,14 +133,19 @@ def front_table(front: Mapping[str, Any]) -> Table:
         lead = plus_minus(point["lead"], point["lead_stderr"])
         if point["baseline"] in (None, point["mask"]):
             lead = "is one" if point["baseline"] else ""
+        limits = point["limits"]
+        shares = [100 * point["costs"][x["metric"]] / x["dense_cost"] for x in limits]
         table.add_row(
             name,
             point["budget_text"],
-            f"{100 * point['cost'] / point['dense_cost']:.1f} %",
+            ", ".join(f"{share:.1f} %" for share in shares),
             plus_minus(point["finals_loss"], point["finals_stderr"]),
             lead,
             dropped_text(point),
         )
+    if front["left_out"]:
+        names = "; ".join(pair["budget_text"] for pair in front["left_out"])
+        table.caption = f"left out, since no mask meets them: {names}"
     return table
 
 
