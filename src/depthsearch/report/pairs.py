@@ -55,7 +55,8 @@ def pairs_picture(run: RunData) -> Picture | None:
         return None
     first = run.space.limits[0]
     metric = next(line.second.metric for line in lines if line.second is not None)
-    said = []
+    said: list[str] = []
+    labels: dict[tuple[float, float], list[int]] = {}
 
     def place(evaluation: Evaluation) -> tuple[float, float]:
         return 100 * first.cost(evaluation.mask) / (first.dense or 1), evaluation.loss or 0.0
@@ -81,6 +82,8 @@ def pairs_picture(run: RunData) -> Picture | None:
                 share = 100 * line.second.cap / (line.second.dense or 1)
                 label = f"{wording.metric_name(metric)} at most {share:.3g} %"
             corners = staircase([place(e) for e in known if line.holds(e)])
+            # The lowest loss so far also holds at every higher cost.
+            corners += [(100.0, corners[-1][1])] if corners else []
             axis.plot(
                 [x for x, _ in corners],
                 [y for _, y in corners],
@@ -94,15 +97,16 @@ def pairs_picture(run: RunData) -> Picture | None:
                     continue
                 x, y = place(entry.best.evaluation)
                 axis.plot([x], [y], marker=marker, markersize=6.5, color=color, zorder=3)
-                axis.annotate(
-                    str(entry.number),
-                    (x, y),
-                    textcoords="offset points",
-                    xytext=(6, 5),
-                    color=color,
-                    weight="bold",
-                )
+                labels.setdefault((x, y), []).append(entry.number)
                 said.append(f"{entry.number}: {entry.space.budget.text}, {wording.loss(y)} nats")
+        for spot, numbers in labels.items():
+            axis.annotate(
+                ", ".join(map(str, sorted(numbers))),
+                spot,
+                textcoords="offset points",
+                xytext=(6, 5),
+                weight="bold",
+            )
         axis.set_xlabel(f"{wording.metric_name(first.metric)}, % of the dense model's")
         axis.set_ylabel(f"search loss, nats\n({run.score})")
         answers = [e.best.evaluation.loss or 0.0 for e in run.front if e.best is not None]
@@ -110,7 +114,7 @@ def pairs_picture(run: RunData) -> Picture | None:
         # What lies far above the answers would squeeze them flat.
         highest = min(max(losses), 2 * max(answers, default=0.0)) or max(losses)
         loss_axis(axis, "y", min(losses), highest)
-        figure.legend(loc="outside lower center", ncol=4)
+        figure.legend(loc="outside lower center", ncol=3)
         words = f"Search loss of {len(known)} masks against {wording.metric_name(first.metric)}"
         return picture(
             figure, f"{words}, a line for each cap of the other cost. {'; '.join(said)}."
