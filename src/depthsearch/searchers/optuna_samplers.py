@@ -99,7 +99,7 @@ def check_front(options: OptunaOptions, space: SearchSpace) -> None:
         return
     unfit = {
         "cmaes": "minimizes one number, but a front has a loss and costs",
-        "gp": "takes seconds to minutes a mask to weigh a loss and costs",
+        "gp": "takes seconds a mask to weigh a loss and costs",
     }
     if options.sampler in unfit:
         raise ConfigError(
