@@ -125,7 +125,8 @@ def export(
         int | None, typer.Option(min=1, help="Point of a run over several budgets, by its number.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="The same by its budget, such as keep_params=0.8.")
+        str | None,
+        typer.Option(help="The same by its budget: keep_params=0.8, or a pair with a comma."),
     ] = None,
     as_json: Json = False,
 ) -> None:

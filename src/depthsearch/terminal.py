@@ -117,6 +117,16 @@ def best_table(best: Mapping[str, Any]) -> Table:
     return table
 
 
+def _allowed(point: Mapping[str, Any]) -> str:
+    """The budget of a point; of two costs a line each, with shares of the dense model."""
+    limits = point["limits"]
+    if len(limits) == 1:
+        return str(point["budget_text"])
+    shares = [100 * limit["cap"] / limit["dense_cost"] for limit in limits]
+    both = zip(limits, shares, strict=True)
+    return "\n".join(f"{limit['metric']} at most {share:.1f} %" for limit, share in both)
+
+
 def front_table(front: Mapping[str, Any]) -> Table:
     """The answer at each budget, in the order and with the numbers of front.json."""
     table = Table(title="Best mask at each budget")
@@ -128,19 +138,24 @@ def front_table(front: Mapping[str, Any]) -> Table:
     for point in front["points"]:
         name = f"{point['point']}{', own' if point['own'] else ''}"
         if point["mask"] is None:
-            table.add_row(name, point["budget_text"], "", "none found", "", "")
+            table.add_row(name, _allowed(point), "", "none found", "", "")
             continue
         lead = plus_minus(point["lead"], point["lead_stderr"])
         if point["baseline"] in (None, point["mask"]):
             lead = "is one" if point["baseline"] else ""
+        limits = point["limits"]
+        shares = [100 * point["costs"][x["metric"]] / x["dense_cost"] for x in limits]
         table.add_row(
             name,
-            point["budget_text"],
-            f"{100 * point['cost'] / point['dense_cost']:.1f} %",
+            _allowed(point),
+            "\n".join(f"{share:.1f} %" for share in shares),
             plus_minus(point["finals_loss"], point["finals_stderr"]),
             lead,
             dropped_text(point),
         )
+    if front["left_out"]:
+        names = "; ".join(pair["budget_text"] for pair in front["left_out"])
+        table.caption = f"left out, since no mask meets them: {names}"
     return table
 
 

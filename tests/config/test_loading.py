@@ -255,10 +255,30 @@ def test_budgets_of_a_front_take_over_what_ratios_refer_to() -> None:
     assert again == config
 
 
+def test_a_second_cost_takes_over_what_ratios_refer_to_and_needs_no_first_ones() -> None:
+    front = {"second": [{"keep_kv_bytes": 0.5}, {"keep_kv_bytes": "9kB", "of": "model"}]}
+    for method in ("front", "optuna"):
+        config = config_from_mapping({**FRONT, "search": {"method": method}, "front": front})
+        assert config.front is not None
+        assert [budget.of for budget in config.front.second] == ["blocks", "model"]
+        assert config.front.budgets == ()
+        assert config_from_mapping(yaml.safe_load(resolved_yaml(config))) == config
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"search": {"method": "evolution"}}, "search.method is 'evolution', which serves one"),
+        ({"front": {"second": [{"keep_params": 0.5}]}}, "and second of another: got params and"),
+        (
+            {"front": {"budgets": [{"drop_sites": 2}], "second": [{"keep_kv_bytes": 0.5}]}},
+            "are of one cost, and second of another: got params, sites and kv_bytes",
+        ),
+        (
+            {"front": {"second": [{"keep_kv_bytes": 0.5}, {"keep_bytes": 0.5}]}},
+            "second takes budgets of one cost",
+        ),
+        ({"front": {"second": [{"keep_kv_bytes": 0.5, "context_tokens": 9}]}}, "must be that of"),
         ({"compare": {"arms": {"a": {}}}}, "leave out front or compare"),
         ({"front": {"budgets": []}}, "at least 1 item"),
         ({"front": {"budgets": [{"keep_parms": 0.9}]}}, "did you mean 'keep_params'"),

@@ -32,7 +32,8 @@ from depthsearch.journal import read_journal, without_times
 from depthsearch.model.packing import pack, unpack
 from depthsearch.run.calibration_check import check_calibration
 from depthsearch.run.calibration_texts import CheckOptions
-from depthsearch.run.directory import BEST, JOURNAL
+from depthsearch.run.directory import BEST, FRONT, JOURNAL
+from depthsearch.run.front import with_front
 from depthsearch.run.search import search
 from depthsearch.run.session import Session, opened
 from depthsearch.searchers import SEARCHERS
@@ -43,6 +44,7 @@ pytestmark = pytest.mark.timeout(900)
 REPAIRED = "evolution on repaired masks"
 TABLED = "evolution on masks with repairs looked up"
 SCORED = "evolution by the angle of logits"
+PAIRS = {"front over pairs": "front", "optuna over pairs": "optuna"}
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +72,27 @@ def on_ray(workplace: Path, method: str = "evolution", **cluster: object) -> Run
     if method == SCORED:
         # On the same text as the others, whose losses it must not be given.
         settings |= {"method": "evolution", "score": "angular"}
+    sections: dict[str, object] = {}
+    if method in PAIRS:
+        settings |= {"method": PAIRS[method], "max_evaluations": 40}
+        if PAIRS[method] == "optuna":
+            settings["options"] = {"sampler": "nsga2"}
+        sections["front"] = {
+            "budgets": [{"keep_params": 0.85}],
+            "second": [{"keep_kv_bytes": 0.75}, {"keep_kv_bytes": 0.5}],
+        }
     return workplace_config(
         workplace,
+        **sections,
         search=settings,
         calibration={"fit_tokens": 128, "finals_fit_tokens": 256},
         cluster={"backend": "ray", "workers": 1, "num_cpus": 0.2, "threads": 1, **cluster},
     )
 
 
-def result_of(run: Path) -> tuple[str, bytes]:
-    return without_times(read_journal(run / JOURNAL)), (run / BEST).read_bytes()
+def result_of(run: Path) -> tuple[str, ...]:
+    written = [(run / name).read_text() for name in (BEST, FRONT) if (run / name).is_file()]
+    return without_times(read_journal(run / JOURNAL)), *written
 
 
 def crew_of(session: Session) -> RayCrew:
@@ -91,7 +104,7 @@ def crew_of(session: Session) -> RayCrew:
 def undisturbed(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every method's run in this process."""
     runs = {}
-    for method in (*SEARCHERS, REPAIRED, TABLED, SCORED):
+    for method in (*SEARCHERS, REPAIRED, TABLED, SCORED, *PAIRS):
         config = on_ray(workplace, method)
         config = config.model_copy(
             update={"cluster": config.cluster.model_copy(update={"backend": "in-process"})}
@@ -110,7 +123,9 @@ def test_journal_and_best_mask_are_those_of_one_process(
     workers: int,
 ) -> None:
     for method, reference in undisturbed.items():
-        session = replace(cluster_of_one, config=on_ray(workplace, method))
+        config = on_ray(workplace, method)
+        space = with_front(cluster_of_one.space, config.front)
+        session = replace(cluster_of_one, config=config, space=space)
         if session.workers.cluster is not None:
             crew_of(session).grow(workers)
             until_joined(session, workers)

@@ -82,6 +82,29 @@ SPACES: dict[str, SearchSpace] = {
     "dense_fits": toy(3, Budget("params", cap=1000)),
 }
 
+_QUARTER = Budget("params", ratio=0.75, of="blocks")
+FRONTS: dict[str, SearchSpace] = {
+    "one cost": replace(toy(5), front=(Budget("params", ratio=0.6, of="blocks"),)),
+    "two costs": replace(
+        toy(5),
+        front=tuple(
+            replace(
+                Budget("params", ratio=first, of="blocks"), also=Budget("kv_bytes", ratio=cache)
+            )
+            for first in (0.75, 0.9)
+            for cache in (0.8, 0.5)
+        ),
+    ),
+    "packable pairs": replace(
+        toy(6, packable=True),
+        front=(
+            replace(_QUARTER, also=Budget("kv_bytes", ratio=0.5)),
+            Budget("kv_bytes", ratio=0.75),
+        ),
+    ),
+}
+"""Spaces with several budgets, for the methods that serve a front."""
+
 
 @dataclass(frozen=True)
 class Landscape:

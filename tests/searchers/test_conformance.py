@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from landscapes import (
+    FRONTS,
     SPACES,
     Landscape,
     best_final,
@@ -61,6 +62,13 @@ EXHAUSTING: list[Arm] = [
     for arm in ARMS
     if arm[0] in ("random", "evolution", "front", "surrogate", "mcts", "exhaustive", "optuna")
 ]
+FRONTED: list[Arm] = [
+    ("front", {}),
+    ("front", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
+    *(("optuna", {"sampler": name}) for name in ("tpe", "qmc", "nsga2", "nsga3", "random")),
+    ("optuna", {"sampler": "nsga2", "population": 8, "batch": 1}),
+]
+"""Methods that serve several budgets at once."""
 LIMIT = 70
 
 
@@ -69,6 +77,10 @@ def arm_name(arm: Arm) -> str:
 
 
 every_arm = pytest.mark.parametrize("arm", ARMS, ids=arm_name)
+every_front = pytest.mark.parametrize(
+    ("arm", "space"),
+    [pytest.param(a, s, id=f"{arm_name(a)}-{n}") for a in FRONTED for n, s in FRONTS.items()],
+)
 
 
 def build(arm: Arm, space: SearchSpace, landscape: Landscape, seed: int = 0) -> Searcher:
@@ -179,6 +191,61 @@ def test_stops_when_the_space_is_exhausted(arm: Arm, name: str) -> None:
     assert {p.mask for p in proposals(record) if p.final} == set(masks)
     assert searcher.ask().proposals == ()
     assert searcher.ask(3).proposals == ()
+
+
+@every_front
+@pytest.mark.parametrize("n", [None, 3])
+def test_a_front_keeps_every_promise(arm: Arm, space: SearchSpace, n: int | None) -> None:
+    landscape = landscape_of(space)
+    record = drive(build(arm, space, landscape), unreliable(landscape, 0.3), n=n, limit=120)
+    asked = proposals(record)
+    assert len({proposal.mask for proposal in asked}) == len(asked)
+    assert all(proposal.final == space.meets(proposal.mask) for proposal in asked)
+    assert all(any(p.final and at.fits(p.mask) for p in asked) for at in space.points)
+    complete: set[str] = set()
+    for batch, evaluations in record:
+        assert n is None or len(batch.proposals) <= n
+        assert complete.issuperset(mask.key for mask in batch.rivals)
+        raced = [p.mask for p in batch.proposals if p.final] + list(batch.rivals)
+        swept = any(p.origin in ("dense", "sweep") for p in batch.proposals)
+        if batch.rivals and not swept:
+            # Losses at different budgets are no rivals.
+            assert any(all(at.on_budget(mask) for mask in raced) for at in space.points)
+        complete.update(e.mask.key for e in evaluations if e.status is Status.OK)
+
+
+@every_front
+def test_a_front_is_asked_for_again_in_a_replay(arm: Arm, space: SearchSpace) -> None:
+    landscape = landscape_of(space)
+    record = drive(build(arm, space, landscape), unreliable(landscape, 0.2), limit=LIMIT)
+    again = build(arm, space, landscape)
+    for batch, evaluations in record:
+        assert again.ask() == batch
+        again.tell([Evaluation.from_json(json.loads(json.dumps(e.to_json()))) for e in evaluations])
+
+
+@every_front
+def test_a_front_survives_a_cut_set_and_losing_everything(arm: Arm, space: SearchSpace) -> None:
+    landscape = landscape_of(space)
+    searcher = build(arm, space, landscape)
+    seen: set[str] = set()
+    for turn in range(12):
+        batch = searcher.ask()
+        keys = [proposal.mask.key for proposal in batch.proposals]
+        assert seen.isdisjoint(keys)
+        seen.update(keys)
+        told = batch.proposals[: len(batch.proposals) // (1 + turn % 2)]
+        searcher.tell([Evaluation(proposal.mask, (), 0, Status.FAILED) for proposal in told])
+
+
+@every_front
+def test_a_front_stops_when_every_budget_is_exhausted(arm: Arm, space: SearchSpace) -> None:
+    landscape = landscape_of(space)
+    searcher = build(arm, space, landscape)
+    record = drive(searcher, lambda p: landscape.evaluate(p.mask), limit=1000)
+    masks = {mask for point in space.points for mask in point.enumerate() or ()}
+    assert {p.mask for p in proposals(record) if p.final} == masks
+    assert searcher.ask().proposals == ()
 
 
 BOUNDS = {

@@ -26,6 +26,11 @@ FURTHER = (
     Budget("params", ratio=0.6, of="blocks"),
 )
 TWO_METRICS = (Budget("params", ratio=0.6, of="blocks"), Budget("kv_bytes", ratio=0.6))
+GRID = tuple(
+    replace(first, also=Budget("kv_bytes", ratio=ratio))
+    for first in (OWN, FURTHER[0])
+    for ratio in (0.7, 0.5)
+)
 
 Record = list[tuple[Batch, list[Evaluation]]]
 
@@ -53,7 +58,9 @@ def lowest(record: Record, point: SearchSpace) -> float:
     )
 
 
-@pytest.mark.parametrize("further", [FURTHER, TWO_METRICS], ids=["one metric", "two metrics"])
+@pytest.mark.parametrize(
+    "further", [FURTHER, TWO_METRICS, GRID], ids=["one metric", "two metrics", "pairs"]
+)
 @pytest.mark.parametrize("packable", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_one_search_finds_the_optimum_of_every_budget(
@@ -169,8 +176,9 @@ def test_the_size_of_asks_and_failures_leave_its_promises(n: int) -> None:
     assert all(known[mask].status is Status.OK for batch, _ in record for mask in batch.rivals)
 
 
-def test_it_ends_when_every_budget_is_exhausted() -> None:
-    space = fronted(4)
+@pytest.mark.parametrize("further", [FURTHER, GRID], ids=["one metric", "pairs"])
+def test_it_ends_when_every_budget_is_exhausted(further: tuple[Budget, ...]) -> None:
+    space = fronted(4, further)
     record = searched(space, Landscape(8), limit=5000)
     masks = {mask for point in space.points for mask in point.enumerate() or ()}
     assert {p.mask for p in proposals(record) if p.final} == masks

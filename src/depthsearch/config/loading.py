@@ -211,10 +211,10 @@ def _complete_front(data: dict[str, Any]) -> None:
     own = space.get("budget") if isinstance(space, dict) else None
     if not isinstance(own, dict) or not isinstance(front, dict):
         return
-    budgets = front.get("budgets")
-    if isinstance(budgets, list):
-        given = {key: own[key] for key in ("of", "context_tokens") if key in own}
-        front["budgets"] = [{**given, **b} if isinstance(b, dict) else b for b in budgets]
+    given = {key: own[key] for key in ("of", "context_tokens") if key in own}
+    for key in ("budgets", "second"):
+        if isinstance(budgets := front.get(key), list):
+            front[key] = [{**given, **b} if isinstance(b, dict) else b for b in budgets]
 
 
 def _explain(error: ValidationError, source: str, origins: Mapping[tuple[str, ...], str]) -> str:

@@ -162,6 +162,12 @@ class BudgetConfig(_Section):
         return {k: v for k, v in self if k not in extras and v is not None}
 
     @property
+    def metric(self) -> str:
+        """What is counted, such as params."""
+        (key,) = self._given()
+        return key.split("_", 1)[1]
+
+    @property
     def label(self) -> str:
         """A short name for folders, such as keep_params-0.75-of-blocks; equal only for equals."""
         ((key, value),) = self._given().items()
@@ -177,7 +183,7 @@ class BudgetConfig(_Section):
     def to_budget_json(self) -> dict[str, Any]:
         """The budget as `depthsearch.space.Budget.from_json` reads it."""
         ((key, value),) = self._given().items()
-        verb, _, metric = key.partition("_")
+        verb, metric = key.split("_", 1)[0], self.metric
         return {
             "metric": metric,
             "ratio": value if verb == "keep" and isinstance(value, float) else None,
@@ -447,11 +453,23 @@ class ClusterConfig(_Section):
 
 
 class FrontConfig(_Section):
-    """Further budgets that one search serves besides `space.budget`; for `search.method: front`."""
+    """Further budgets that one search serves besides `space.budget`; for the methods front and
+    optuna."""
 
-    budgets: Annotated[tuple[BudgetConfig, ...], Field(min_length=1), BeforeValidator(_frozen)]
+    budgets: Annotated[tuple[BudgetConfig, ...], BeforeValidator(_frozen)] = ()
     """budgets such as {keep_params: 0.9}, of any metrics; what they leave out of `of` and
     `context_tokens` is that of space.budget"""
+    second: Annotated[tuple[BudgetConfig, ...], BeforeValidator(_frozen)] = ()
+    """budgets of a second cost, such as {keep_kv_bytes: 0.6}: masks meet one of these and one of
+    space.budget and `budgets`, in every combination that can be met"""
+
+    @model_validator(mode="after")
+    def _check_costs(self) -> Self:
+        if not (self.budgets or self.second):
+            raise ValueError("budgets or second holds at least 1 item, such as {keep_params: 0.9}")
+        if len({budget.metric for budget in self.second}) > 1:
+            raise ValueError("second takes budgets of one cost, such as keep_kv_bytes")
+        return self
 
 
 class TrackingConfig(_Section):
@@ -484,7 +502,8 @@ class RunConfig(_Section):
     compare: CompareConfig | None = None
     """for `depthsearch compare`"""
     front: FrontConfig | None = None
-    """for several budgets at once, such as {budgets: [{keep_params: 0.9}, {keep_params: 0.8}]}"""
+    """for several budgets at once, such as {budgets: [{keep_params: 0.9}, {keep_params: 0.8}]}, or
+    for pairs of two costs: {budgets: [{keep_params: 0.9}], second: [{keep_kv_bytes: 0.6}]}"""
     tracking: TrackingConfig = TrackingConfig()
     """an experiment tracker, such as {kind: tensorboard}"""
 
@@ -499,16 +518,22 @@ class RunConfig(_Section):
         space, search = info.data.get("space"), info.data.get("search")
         if front is None or space is None or search is None:
             return front
-        if search.method != "front":
+        if search.method not in ("front", "optuna"):
             raise ValueError(
-                f"search.method is {search.method!r}, which serves one budget: set it to 'front', "
-                "or leave this section out"
+                f"search.method is {search.method!r}, which serves one budget: set it to 'front' "
+                "or 'optuna', or leave this section out"
             )
         if info.data.get("compare") is not None:
             raise ValueError("a comparison is made at one budget: leave out front or compare")
         context = space.budget.context_tokens
-        if any(budget.context_tokens != context for budget in front.budgets):
+        if any(b.context_tokens != context for b in (*front.budgets, *front.second)):
             raise ValueError(f"context_tokens must be that of space.budget, {context}")
+        first = {space.budget.metric, *(budget.metric for budget in front.budgets)}
+        if front.second and (len(first) > 1 or first & {b.metric for b in front.second}):
+            raise ValueError(
+                "with second, space.budget and budgets are of one cost, and second of another: "
+                f"got {', '.join(sorted(first))} and {front.second[0].metric}"
+            )
         return front
 
     def to_json(self) -> dict[str, Any]:

@@ -11,7 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from depthsearch import __version__
 from depthsearch.errors import DepthsearchError, StorageError
 from depthsearch.journal import read_journal
-from depthsearch.report import calibration, comparison, figures, front, standing, tables, wording
+from depthsearch.report import (
+    calibration,
+    comparison,
+    figures,
+    front,
+    pairs,
+    standing,
+    tables,
+    wording,
+)
 from depthsearch.report.data import RunData, read_run
 from depthsearch.report.drawing import Picture
 from depthsearch.report.tree import tree_picture
@@ -50,7 +59,9 @@ def run_report(run_dir: Path) -> str:
         elite=len(run.elite()),
         tree=_tree(run_dir, run),
         lineage=tables.lineage(run),
-        trade=front.front_picture(run) if run.front else None,
+        trade=_trade(run),
+        pairs=pairs.has_pairs(run),
+        left_out=pairs.left_out(run),
         front_masks=front.front_masks(run),
         front_table=front.front_table(run) if run.front else None,
         best=tables.best_mask(run),
@@ -172,6 +183,13 @@ def _model_name(run: RunData) -> str:
     model = run.config.get("model")
     path = model.get("path") if isinstance(model, Mapping) else None
     return Path(str(path)).name if path else run.name
+
+
+def _trade(run: RunData) -> Picture | None:
+    """Quality against cost, or against one cost for each cap of another."""
+    if not run.front:
+        return None
+    return pairs.pairs_picture(run) if pairs.has_pairs(run) else front.front_picture(run)
 
 
 def _headline(run: RunData) -> str:

@@ -56,10 +56,10 @@ def export_run(
     """Export the best mask of a finished run to `out`, with held-out figures beside the dense.
 
     Of a run over several budgets, that at its own budget, or at the `point` of front.json with
-    that number or at that `budget` ("keep_params=0.8"). The figures also go to export.json in the
-    run directory, for its report, those of other points to export-NUMBER.json. Raises
-    RunDirectoryError for an unfinished run or a point it doesn't have, ConfigError, ExportError,
-    StorageError.
+    that number or at that `budget`, such as "keep_params=0.8" or, for a pair,
+    "keep_params=0.8,keep_kv_bytes=0.6". The figures also go to export.json in the run directory,
+    for its report, those of other points to export-NUMBER.json. Raises RunDirectoryError for an
+    unfinished run or a point it doesn't have, ConfigError, ExportError, StorageError.
     """
     config, best = finished_run(run)
     summary_name, option = EXPORT, ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,16 @@ from depthsearch.config import BudgetConfig, FrontConfig
 from depthsearch.errors import ConfigError, RunDirectoryError
 from depthsearch.run.directory import BEST, FRONT, read_json
 from depthsearch.run.points import FrontPoint
-from depthsearch.space import Budget, Evaluation, SearchSpace, front_metrics, nondominated
+from depthsearch.space import (
+    Budget,
+    Evaluation,
+    Grid,
+    SearchSpace,
+    budget_grid,
+    front_limits,
+    hypervolume,
+    nondominated,
+)
 
 if TYPE_CHECKING:
     from depthsearch.run.loop import Outcome
@@ -25,10 +34,19 @@ _BUDGET_KEYS = ("metric", "ratio", "cap", "drop")
 
 def with_front(space: SearchSpace, front: FrontConfig | None) -> SearchSpace:
     """The space with the further budgets of the run file; raises BudgetError."""
-    if front is None:
-        return space
-    budgets = (Budget.from_json(budget.to_budget_json()) for budget in front.budgets)
-    return replace(space, front=tuple(budgets))
+    return space if front is None else replace(space, front=front_grid(space, front).budgets)
+
+
+def front_grid(space: SearchSpace, front: FrontConfig) -> Grid:
+    """The further budgets of the run file, and which pairs of them can't be met.
+
+    Raises BudgetError where no pair can be.
+    """
+    first, second = (
+        tuple(Budget.from_json(budget.to_budget_json()) for budget in budgets)
+        for budgets in (front.budgets, front.second)
+    )
+    return budget_grid(space, first, second) if second else Grid(first, {})
 
 
 def front_json(
@@ -36,26 +54,25 @@ def front_json(
     outcome: Outcome,
     repairs: Mapping[str, Mapping[str, Any]],
     about: Mapping[str, Any],
+    left_out: Mapping[Budget, str] | None = None,
 ) -> dict[str, Any]:
     """What front.json holds: the answer at each budget, and what no mask beat in the search.
 
-    `repairs` are described by mask; `about` says what the figures depend on.
+    `repairs` are described by mask; `about` says what the figures depend on; `left_out` are pairs
+    of budgets that can't be met, with the reason.
     """
-    metrics = tuple(dict.fromkeys((*front_metrics(space), *space.costs.metrics)))
-    judges = {point.budget.metric: point for point in space.points}
+    limits = front_limits(space)
+    others = [metric for metric in space.costs.metrics if metric not in limits]
 
     def costs(evaluation: Evaluation) -> dict[str, int]:
         mask = evaluation.mask
-        return {
-            metric: judges[metric].cost(mask)
-            if metric in judges
-            else space.costs.cost(metric, mask)
-            for metric in metrics
+        return {metric: limit.cost(mask) for metric, limit in limits.items()} | {
+            metric: space.costs.cost(metric, mask) for metric in others
         }
 
     answered = {answer.space.budget: answer for answer in outcome.front}
     rows = [
-        (answer.finals.order[1], *(judges[m].cost(answer.best) for m in judges))
+        (answer.finals.order[1], *(limit.cost(answer.best) for limit in limits.values()))
         for answer in outcome.front
     ]
     kept = {outcome.front[place].space.budget for place in nondominated(rows)}
@@ -69,6 +86,10 @@ def front_json(
             "metric": point.budget.metric,
             "cap": point.cap,
             "dense_cost": point.cost(point.dense),
+            "limits": [
+                {"metric": limit.metric, "cap": limit.cap, "dense_cost": limit.dense}
+                for limit in point.limits
+            ],
         }
         answer = answered.get(point.budget)
         if answer is None:
@@ -86,7 +107,7 @@ def front_json(
         )
     return {
         "version": __version__,
-        "metrics": list(front_metrics(space)),
+        "metrics": list(limits),
         "dense_costs": costs(Evaluation(space.dense, (), 0)),
         "points": points,
         "archive": [
@@ -99,8 +120,29 @@ def front_json(
             }
             for evaluation, origin in outcome.archive
         ],
+        "hypervolume": _hypervolume(space, outcome),
+        "left_out": [
+            {"budget": budget.to_json(), "budget_text": budget.text, "reason": reason}
+            for budget, reason in (left_out or {}).items()
+        ],
         **about,
     }
+
+
+def _hypervolume(space: SearchSpace, outcome: Outcome) -> dict[str, Any]:
+    """What the archive dominates, as a share of the box that it is measured in.
+
+    The box reaches from no loss and no cost to the dense costs and the highest search loss of an
+    answer; only values with the same `reference` can be compared.
+    """
+    limits = front_limits(space)
+    most = max(answer.search.loss or 0.0 for answer in outcome.front)
+    reference = {"loss": most} | {m: max(1, limit.dense) for m, limit in limits.items()}
+    rows = [(e.loss or 0.0, *(x.cost(e.mask) for x in limits.values())) for e, _ in outcome.archive]
+    scaled = [
+        [a / (b or 1.0) for a, b in zip(row, reference.values(), strict=True)] for row in rows
+    ]
+    return {"reference": reference, "share": hypervolume(scaled, [1.0] * len(reference))}
 
 
 def _answer_json(answer: FrontPoint) -> dict[str, Any]:
@@ -135,6 +177,7 @@ def read_front(run: Path) -> dict[str, Any]:
 def find_point(run: Path, number: int | None, budget: str | None) -> dict[str, Any]:
     """The entry of front.json with a number, or at a budget such as "keep_params=0.8".
 
+    A pair is given as "keep_params=0.8,keep_kv_bytes=0.6", in any order.
     Raises ConfigError for a budget that can't be read, RunDirectoryError for a point that is not
     there or has no mask.
     """
@@ -142,8 +185,12 @@ def find_point(run: Path, number: int | None, budget: str | None) -> dict[str, A
     points: list[dict[str, Any]] = front["points"]
     listed = "; ".join(f"{point['point']}: {point['budget_text']}" for point in points)
     if budget is not None:
-        wanted = {key: parse_budget(budget)[key] for key in _BUDGET_KEYS}
-        found = [p for p in points if {key: p["budget"][key] for key in _BUDGET_KEYS} == wanted]
+        wanted = _caps(parse_budget(part) for part in budget.split(","))
+        found = [
+            point
+            for point in points
+            if _caps(part.to_json() for part in Budget.from_json(point["budget"]).parts) == wanted
+        ]
         what = f"point at {budget}"
     else:
         found = [point for point in points if point["point"] == number]
@@ -157,6 +204,12 @@ def find_point(run: Path, number: int | None, budget: str | None) -> dict[str, A
             f"the search found no mask for {what} of {run}: search again with more cost_tokens"
         )
     return found[0]
+
+
+def _caps(parts: Iterable[Mapping[str, Any]]) -> list[list[Any]]:
+    """What budgets allow, whatever their order; a ratio may be of the model or of its blocks."""
+    found = [[part[key] for key in _BUDGET_KEYS] for part in parts]
+    return sorted(found, key=lambda caps: str(caps[0]))
 
 
 def parse_budget(text: str) -> dict[str, Any]:
@@ -173,5 +226,6 @@ def parse_budget(text: str) -> dict[str, Any]:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ConfigError(
             f"--budget {text}: {reason.removeprefix('Value error, ')}; give one of the budgets of "
-            "the front, such as keep_params=0.8"
+            "the front, such as keep_params=0.8, or a pair such as "
+            "keep_params=0.8,keep_kv_bytes=0.6"
         ) from None

@@ -26,7 +26,7 @@ from depthsearch.run.directory import (
     write_json,
 )
 from depthsearch.run.fits import text_name
-from depthsearch.run.front import front_json
+from depthsearch.run.front import front_grid, front_json
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, check_cost
 from depthsearch.run.session import Session, best_json, opened
@@ -159,7 +159,10 @@ def _front(
                     found = _repair(session, out / name, answer.best, splits, finals)
                     repairs[answer.best.key] = {**(found or {}), "file": name}
     keys = ("cost_tokens", "evaluations", "reason", "seed", "signature", "model")
-    return front_json(session.space, outcome, repairs, {key: best[key] for key in keys})
+    about = {key: best[key] for key in keys}
+    front = session.config.front
+    left_out = None if front is None else front_grid(session.space, front).left_out
+    return front_json(session.space, outcome, repairs, about, left_out)
 
 
 def _repair(

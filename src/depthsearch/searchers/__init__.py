@@ -70,14 +70,18 @@ def check_storage(
 ) -> None:
     """Refuse an Optuna search whose packages or storage are not there; raises ConfigError.
 
-    With `space` and `search` (what `SharedSearcher.join` gets), also a study of another search.
+    With `space` also a sampler that can't search its budgets, and with `search` (what
+    `SharedSearcher.join` gets) a study of another search.
     """
     if method == "optuna":
-        from depthsearch.searchers.optuna_samplers import OptunaOptions
+        from depthsearch.searchers.optuna_samplers import OptunaOptions, check_front
         from depthsearch.searchers.optuna_storage import check_ready, identity
 
         wanted = None if space is None or search is None else identity(space, search)
-        check_ready(parse_options(OptunaOptions, method, options), wanted)
+        parsed = parse_options(OptunaOptions, method, options)
+        if space is not None:
+            check_front(parsed, space)
+        check_ready(parsed, wanted)
 
 
 @dataclass(frozen=True)

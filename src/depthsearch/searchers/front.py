@@ -159,12 +159,12 @@ class Niche:
 
 def _neighbours(niche: Niche, niches: Sequence[Niche]) -> list[Niche]:
     """The other niches, those first whose best mask needs the smallest change of cost here."""
-    dense = max(niche.space.cost(niche.space.dense), 1)
+    space = niche.space
 
     def distance(place: int) -> tuple[float, int]:
-        masks = niches[place].elite.masks
-        cost = niche.space.cost(masks[0]) if masks else dense
-        return abs(cost - niche.space.cap) / dense, place
+        mask = next(iter(niches[place].elite.masks), space.dense)
+        away = (abs(x.cost(mask) - x.cap) / max(x.dense, 1) for x in space.limits)
+        return max(away), place
 
     return [niches[i] for i in sorted(range(len(niches)), key=distance) if niches[i] is not niche]
 

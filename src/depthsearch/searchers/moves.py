@@ -243,7 +243,11 @@ def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -
         return sum(value[i] for i in unit)
 
     gaps = len(mask.runs)
-    limit = max(space.cap, space.cost(mask))
+    most = [(limit, max(limit.cap, limit.cost(mask))) for limit in space.limits]
+
+    def within(other: Mask) -> bool:
+        return all(limit.cost(other) <= cost for limit, cost in most)
+
     found: dict[Mask, float] = {}
     for larger in space.additions(mask):
         back = frozenset(difference(larger, mask))
@@ -252,7 +256,7 @@ def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -
         for smaller in space.removals(larger):
             if back.intersection(difference(larger, smaller)):
                 continue
-            while space.cost(smaller) > limit:
+            while not within(smaller):
                 further = [
                     m
                     for m in space.removals(smaller)
@@ -261,7 +265,7 @@ def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -
                 if not further:
                     break
                 smaller = min(further, key=lambda m: (worth(difference(smaller, m)), m.key))
-            if space.cost(smaller) <= limit:
+            if within(smaller):
                 if space.fits(smaller):
                     smaller = space.fill(smaller, keys)
                 change = worth(difference(mask, smaller)) - worth(difference(smaller, mask))

@@ -14,6 +14,7 @@ from depthsearch.searchers.ranking import (
     Unit,
     block_influence_keys,
     drop_in_order,
+    freed_share,
     influence_keys,
     loss_increases,
     per_cost,
@@ -124,8 +125,7 @@ def sensitivity_plan(space: SearchSpace, hints: Hints, options: SensitivityOptio
     of_site = getattr(hints.sensitivity, options.estimate)
     keys = [sum(of_site[i] for i in gene) for gene in space.genes]
     if options.per_cost:
-        dense = space.cost(space.dense)
-        freed = [dense - space.cost(space.dense.without(gene)) for gene in space.genes]
+        freed = [freed_share(space, space.dense.without(gene)) for gene in space.genes]
         keys = [price(key, cost) for key, cost in zip(keys, freed, strict=True)]
     origin = f"{SENSITIVITY}, {options.estimate}" + (" per cost" if options.per_cost else "")
     yield Batch((Proposal(space.decode(keys), origin),))
@@ -194,9 +194,8 @@ def rank_removals(space: SearchSpace, hints: Hints, answers: Answers) -> Removal
     """Rank the units of a sweep by what their removal cost."""
     evaluations = [e for e in answers.values() if e.status in (Status.OK, Status.ELIMINATED)]
     increases = loss_increases(space, evaluations, answers.get(space.dense))
-    total = space.cost(space.dense)
     prices = {
-        unit: price(increase, total - space.cost(space.dense.without(unit)))
+        unit: price(increase, freed_share(space, space.dense.without(unit)))
         for unit, increase in increases.items()
     }
     return RemovalRanking(

@@ -12,18 +12,24 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import Trial, TrialState
 
-from depthsearch.searchers.baselines import cheap_baselines
+from depthsearch.searchers.baselines import (
+    cheap_baselines,
+    influence_baselines,
+    window_baselines,
+)
+from depthsearch.searchers.front import promising
+from depthsearch.searchers.optuna_coding import Coding, Coordinates
 from depthsearch.searchers.optuna_samplers import (
     OptunaOptions,
+    check_front,
     make_sampler,
     quiet,
 )
 from depthsearch.searchers.optuna_storage import StoredStudy
 from depthsearch.searchers.protocol import check_ask, check_tell
-from depthsearch.searchers.random import FreshMasks
+from depthsearch.searchers.random import FreshAtAny
 from depthsearch.searchers.ranking import influence_keys
 from depthsearch.searchers.staged import best_masks
 from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace
@@ -41,6 +47,8 @@ _NEAR_TRIES = 20
 _NEAR_STEP = 0.05
 _WARM_START_TRIALS = 10
 _ONE_GENERATION = 2**31
+_WINDOWS = 0.25
+"""Share of the windows at each further budget of a front that are tried, as in `front`."""
 
 
 class OptunaSearcher:
@@ -57,7 +65,9 @@ class OptunaSearcher:
         options: OptunaOptions,
         stored: StoredStudy | None = None,
     ) -> None:
+        check_front(options, space)
         self._space = space
+        self._hints = hints
         self._rng = rng
         self._options = options
         self._seed = int(rng.integers(2**31))
@@ -66,19 +76,20 @@ class OptunaSearcher:
             # All baselines are one generation, the best of which are the first parents.
             sampler.population_size = _ONE_GENERATION
         with quiet():
+            margin = _CMAES_MARGIN if options.sampler == "cmaes" else _MARGIN
+            self._coding = Coding(space, influence_keys(space, hints), margin)
+            objectives = self._coding.objectives
             self._study = optuna.create_study(
-                study_name=options.study_name, sampler=sampler, direction="minimize"
+                study_name=options.study_name,
+                sampler=sampler,
+                directions=["minimize"] * len(objectives),
             )
+            if space.front:
+                self._study.set_metric_names(list(objectives))
         if stored is None and options.storage is not None:
-            stored = StoredStudy(options)
+            stored = StoredStudy(options, objectives=objectives)
         self._stored = stored
-        width = len(str(len(space.genes) - 1))
-        self._names = [f"key_{g:0{max(width, 2)}d}" for g in range(len(space.genes))]
-        self._distributions: dict[str, BaseDistribution] = {
-            name: FloatDistribution(0.0, 1.0) for name in self._names
-        }
-        self._worth = influence_keys(space, hints)
-        self._fresh = FreshMasks(space, rng)
+        self._fresh = FreshAtAny(space, rng)
         self._known: dict[Mask, Evaluation] = {}
         self._elsewhere: dict[Mask, float] = {}
         self._standing: dict[Mask, float] = {}
@@ -86,6 +97,10 @@ class OptunaSearcher:
         self._waiting: tuple[Proposal, ...] = ()
         self._baselines = cheap_baselines(space, hints)
         self._seeds = list(self._baselines)
+        own = next(i for i, p in enumerate(space.points) if p.budget == space.budget)
+        self._at = space.points[own]
+        places = sorted(range(len(space.points)), key=lambda i: (abs(i - own), i))
+        self._further = [space.points[i] for i in places[1:]]
         self._seeding = True
 
     @property
@@ -104,10 +119,18 @@ class OptunaSearcher:
         return self._waiting
 
     def ask(self, n: int | None = None) -> Batch:
-        """All baselines first, then `batch` masks at a time, or at most `n`."""
+        """All baselines first, then `batch` masks at a time, or at most `n`.
+
+        With a front only baselines race, each against masks of its budget: the study weighs all
+        others in loss and costs.
+        """
         check_ask(n, self._waiting)
         with quiet():
             seeds = self._due_seeds()[:n]
+            while not seeds and self._further:
+                self._at = self._further.pop(0)
+                self._seeds = self._baselines_at(self._at)
+                seeds = self._seeds[:n]
             if seeds:
                 self._seeds = [seed for seed in self._seeds if seed not in seeds]
                 found = [self._enqueued(seed.mask, seed.origin) for seed in seeds]
@@ -116,8 +139,13 @@ class OptunaSearcher:
                 found = self._sampled(self._options.batch if n is None else n)
         self._waiting = tuple(found)
         self._store()
-        rivals = best_masks(tuple(self._known.values()), self._options.survivors)
-        return Batch(self._waiting, self._options.survivors if found else None, rivals)
+        if not found or (self._space.front and not seeds):
+            return Batch(self._waiting)
+        rivals = tuple(self._known.values())
+        if self._space.front:
+            rivals = tuple(e for e in rivals if self._at.on_budget(e.mask))
+        count = self._options.survivors
+        return Batch(self._waiting, count, best_masks(rivals, count))
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Pass each loss to the trials that decoded to its mask; failures become FAIL."""
@@ -145,9 +173,9 @@ class OptunaSearcher:
         if complete and any(mask == seed.mask for seed in self._baselines):
             self._standing[mask] = loss
         with quiet():
-            trial = self._given(keys)
+            trial = self._given(Coordinates(tuple(keys)))
             self._annotate(trial, mask, "elsewhere")
-            self._study.tell(trial, loss)
+            self._tell(trial, mask, loss)
         return trial.number
 
     def follow(self, batch: Batch, keys: Mapping[Mask, Sequence[float]]) -> dict[Mask, int]:
@@ -158,7 +186,9 @@ class OptunaSearcher:
         check_ask(None, self._waiting)
         with quiet():
             for proposal in batch.proposals:
-                self._enqueued(proposal.mask, proposal.origin, keys.get(proposal.mask))
+                found = keys.get(proposal.mask)
+                given = None if found is None else Coordinates(tuple(found))
+                self._enqueued(proposal.mask, proposal.origin, given)
         followed = {proposal.mask for proposal in batch.proposals}
         self._seeds = [seed for seed in self._seeds if seed.mask not in followed]
         self._waiting = batch.proposals
@@ -166,13 +196,7 @@ class OptunaSearcher:
 
     def keys_of(self, mask: Mask) -> tuple[float, ...]:
         """Ranking keys that decode to exactly this mask; influence breaks the ties."""
-        order = sorted(range(len(self._worth)), key=lambda g: (self._worth[g], g))
-        keys = [0.0] * len(order)
-        margin = _CMAES_MARGIN if self._options.sampler == "cmaes" else _MARGIN
-        for rank, gene in enumerate(order):
-            side = margin if mask.keep[self._space.genes[gene][0]] else -margin
-            keys[gene] = 0.5 + side + 0.4 * margin * (rank / len(order) - 0.5)
-        return tuple(keys)
+        return self._coding.encode(mask).keys
 
     def _due_seeds(self) -> list[Proposal]:
         """The baselines to evaluate: those that nobody has, and one of those that others have.
@@ -189,16 +213,24 @@ class OptunaSearcher:
             due.insert(0, best)
         return due
 
-    def _enqueued(self, mask: Mask, origin: str, keys: Sequence[float] | None = None) -> Proposal:
+    def _baselines_at(self, point: SearchSpace) -> list[Proposal]:
+        """New baselines at a further budget: rankings, and windows near the good ones so far."""
+        windows = window_baselines(point, self._hints)
+        known = {e.mask: e for e in self._known.values() if len(e.mask.runs) == 1}
+        near = promising(windows, known)[: max(1, round(_WINDOWS * len(windows)))]
+        seeds = {p.mask: p for p in (*windows[:1], *influence_baselines(point, self._hints), *near)}
+        return [seed for mask, seed in seeds.items() if mask not in self._fresh]
+
+    def _enqueued(self, mask: Mask, origin: str, given: Coordinates | None = None) -> Proposal:
         """Run a given mask as a trial of the study."""
-        trial = self._given(self.keys_of(mask) if keys is None else keys)
+        trial = self._given(given or self._coding.encode(mask))
         self._fresh.add(mask)
         return self._start(trial, mask, origin)
 
-    def _given(self, keys: Sequence[float]) -> Trial:
-        """A trial with these keys."""
-        self._study.enqueue_trial(dict(zip(self._names, keys, strict=True)))
-        trial = self._study.ask(self._distributions)
+    def _given(self, found: Coordinates) -> Trial:
+        """A trial that lies there."""
+        self._study.enqueue_trial(self._coding.params(found))
+        trial = self._study.ask(self._coding.distributions)
         sampler = self._study.sampler
         if isinstance(sampler, optuna.samplers.BaseGASampler):
             # Optuna counts only trials that it has sampled itself to a generation.
@@ -214,16 +246,16 @@ class OptunaSearcher:
         if self._options.sampler == "gp":
             patience = _STALLED_TRIALS_GP
         while len(found) < count and not self._fresh.listed:
-            trial = self._study.ask(self._distributions)
-            keys = [float(trial.params[name]) for name in self._names]
-            mask = self._space.decode(keys)
+            trial = self._study.ask(self._coding.distributions)
+            drawn = self._coding.read(trial.params)
+            mask = self._coding.decode(drawn)
             if self._fresh.add(mask):
                 found.append(self._start(trial, mask, origin))
                 continue
             self._repeat(trial, mask)
             stalled += 1
             if stalled % patience == 0:
-                near = self._near(keys)
+                near = self._near(drawn)
                 if near is None:
                     break
                 found.append(self._enqueued(near[0], f"{origin} nearby", near[1]))
@@ -231,18 +263,19 @@ class OptunaSearcher:
             found.append(self._enqueued(mask, "optuna random"))
         return found
 
-    def _near(self, keys: Sequence[float]) -> tuple[Mask, tuple[float, ...]] | None:
-        """A new mask close to keys whose own mask is known, from steps that grow.
+    def _near(self, known: Coordinates) -> tuple[Mask, Coordinates] | None:
+        """A new mask at the same budget close to keys whose mask is known, from steps that grow.
 
         Without it a sampler that has converged would ask for the same masks for ever.
         """
         for attempt in range(_NEAR_TRIES):
             step = _NEAR_STEP * 1.2**attempt
-            moved = np.clip(np.asarray(keys) + self._rng.normal(0.0, step, len(keys)), 0.0, 1.0)
-            values = tuple(float(key) for key in moved)
-            mask = self._space.decode(values)
+            steps = self._rng.normal(0.0, step, len(known.keys))
+            moved = np.clip(np.asarray(known.keys) + steps, 0.0, 1.0)
+            found = Coordinates(tuple(float(key) for key in moved), known.place)
+            mask = self._coding.decode(found)
             if self._fresh.add(mask):
-                return mask, values
+                return mask, found
         return None
 
     def _repeat(self, trial: Trial, mask: Mask) -> None:
@@ -253,7 +286,7 @@ class OptunaSearcher:
         elif mask in self._known:
             self._finish(trial, self._known[mask])
         elif mask in self._elsewhere:
-            self._study.tell(trial, self._elsewhere[mask])
+            self._tell(trial, mask, self._elsewhere[mask])
         else:
             self._study.tell(trial, state=TrialState.FAIL)
 
@@ -272,7 +305,10 @@ class OptunaSearcher:
         if evaluation.loss is None:
             self._study.tell(trial, state=TrialState.FAIL)
         else:
-            self._study.tell(trial, evaluation.loss)
+            self._tell(trial, evaluation.mask, evaluation.loss)
+
+    def _tell(self, trial: Trial, mask: Mask, loss: float) -> None:
+        self._study.tell(trial, self._coding.values(mask, loss))
 
     def _store(self) -> None:
         if self._stored is not None:

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial
 
 from depthsearch.errors import ConfigError
 from depthsearch.searchers.options import at_least
+from depthsearch.space import SearchSpace
 
 Sampler = Literal["tpe", "cmaes", "gp", "qmc", "nsga2", "nsga3", "random"]
 
@@ -35,6 +36,9 @@ class OptunaOptions:
     `storage` is an Optuna storage URL, `journal:PATH`, or null for memory. The study must not exist
     yet, or hold no result; `fresh: true` deletes one of the same name first, and `shared: true`
     joins it, so that several runs learn from each other's trials.
+
+    With several budgets every sampler but `cmaes` and `gp` minimizes the loss and each cost of the
+    budgets at once, and a further parameter names the budget; such a study can't be shared.
     """
 
     sampler: Sampler = "tpe"
@@ -87,6 +91,26 @@ def make_sampler(
         if name == "nsga3":
             return optuna.samplers.NSGAIIISampler(seed=seed, population_size=options.population)
         return optuna.samplers.RandomSampler(seed=seed)
+
+
+def check_front(options: OptunaOptions, space: SearchSpace) -> None:
+    """Refuse what can't search several budgets; raises ConfigError."""
+    if not space.front:
+        return
+    unfit = {
+        "cmaes": "minimizes one number, but a front has a loss and costs",
+        "gp": "takes seconds a mask to weigh a loss and costs",
+    }
+    if options.sampler in unfit:
+        raise ConfigError(
+            f"the sampler '{options.sampler}' {unfit[options.sampler]}: choose nsga2, nsga3, tpe, "
+            "qmc or random, or leave out the section front"
+        )
+    if options.shared:
+        raise ConfigError(
+            "a study over several budgets can't be shared: leave out 'shared: true', or the "
+            "section front"
+        )
 
 
 def need_package(sampler: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -36,10 +36,16 @@ _OPENING_TRIES = 5
 class StoredStudy:
     """A study in a storage; raises ConfigError where it can't be had, StorageError later on.
 
-    `run` names the run that writes it where it is shared.
+    `run` names the run that writes it where it is shared, `objectives` what the study minimizes.
     """
 
-    def __init__(self, options: OptunaOptions, search: Search | None = None, run: str = "") -> None:
+    def __init__(
+        self,
+        options: OptunaOptions,
+        search: Search | None = None,
+        run: str = "",
+        objectives: Sequence[str] = ("loss",),
+    ) -> None:
         self._options = options
         self._search = search
         self._run = run
@@ -50,9 +56,11 @@ class StoredStudy:
             study = optuna.create_study(
                 study_name=options.study_name,
                 storage=self._storage,
-                direction="minimize",
+                directions=["minimize"] * len(objectives),
                 load_if_exists=self._search is not None,
             )
+            if len(objectives) > 1:
+                study.set_metric_names(list(objectives))
             self._study = self._storage.get_study_id_from_name(study.study_name)
         self._ids: dict[int, int] = {}
         self._open: set[int] = set()

@@ -38,6 +38,37 @@ def random_plan(space: SearchSpace, rng: np.random.Generator, options: RandomOpt
         known.extend(answers.values())
 
 
+class FreshAtAny:
+    """`FreshMasks` at every point of a space in turn; a mask that is new is new at all of them."""
+
+    def __init__(self, space: SearchSpace, rng: np.random.Generator) -> None:
+        self._points = [FreshMasks(point, rng) for point in space.points]
+
+    @property
+    def listed(self) -> bool:
+        """Whether the masks at every point were listed."""
+        return all(point.listed for point in self._points)
+
+    def add(self, mask: Mask) -> bool:
+        """Mark a mask as used; False where it was used already."""
+        new = [point.add(mask) for point in self._points]
+        return all(new)
+
+    def __contains__(self, mask: Mask) -> bool:
+        return mask in self._points[0]
+
+    def take(self, count: int) -> list[Mask]:
+        """At most `count` new masks, from the first point that has any left."""
+        found: list[Mask] = []
+        for point in self._points:
+            new = point.take(count - len(found)) if len(found) < count else []
+            found += new
+            for other in self._points:
+                for mask in new:
+                    other.add(mask)
+        return found
+
+
 class FreshMasks:
     """Random masks on budget, none of them twice, until the space is exhausted.
 

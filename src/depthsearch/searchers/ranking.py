@@ -37,8 +37,7 @@ def per_cost(space: SearchSpace, keys: Sequence[float]) -> tuple[float, ...]:
 
     A gene that frees nothing keeps its own key, as it is never dropped alone.
     """
-    dense = space.cost(space.dense)
-    freed = [dense - space.cost(space.dense.without(gene)) for gene in space.genes]
+    freed = [freed_share(space, space.dense.without(gene)) for gene in space.genes]
     mean = sum(freed) / len(freed) or 1.0
     return tuple(k * mean / f if f else k for k, f in zip(keys, freed, strict=True))
 
@@ -114,13 +113,28 @@ def drop_in_order(space: SearchSpace, units: Iterable[Unit], keys: Sequence[floa
     return space.fill(mask, keys) if space.fits(mask) else space.decode(keys)
 
 
+def freed_share(space: SearchSpace, mask: Mask) -> float:
+    """What `mask` frees of the dense model's cost, in the budget's own unit.
+
+    Of two costs the sum of what it frees of each over what must be freed of it: weights of a
+    surrogate constraint, which are equal where both caps are as far away.
+    """
+    if len(space.limits) == 1:
+        return space.cost(space.dense) - space.cost(mask)
+    return sum(
+        (limit.dense - limit.cost(mask)) / (limit.dense - limit.cap)
+        for limit in space.limits
+        if limit.dense > limit.cap
+    )
+
+
 def freed_cost(space: SearchSpace, larger: Mask, smaller: Mask) -> int:
     """What going from `larger` to `smaller` frees, not counting more than the budget needs."""
     cost = space.cost(larger)
     return min(cost - space.cost(smaller), max(cost - space.cap, 0))
 
 
-def price(increase: float, freed: int) -> float:
+def price(increase: float, freed: float) -> float:
     """Loss increase per unit of budget freed; lower is better.
 
     A decrease is multiplied instead, so that of two equal gains the one that frees more wins. Where

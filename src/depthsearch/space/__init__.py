@@ -13,7 +13,16 @@ from depthsearch.space.evaluation import (
     Stage,
     Status,
 )
-from depthsearch.space.front import front_metrics, front_of, nondominated
+from depthsearch.space.front import (
+    Grid,
+    budget_grid,
+    front_limits,
+    front_metrics,
+    front_of,
+    hypervolume,
+    nondominated,
+)
+from depthsearch.space.limit import Limit
 from depthsearch.space.mask import Mask, mask_from_names
 from depthsearch.space.packing import is_packable, pairing
 from depthsearch.space.site import KINDS, Kind, Site, parse_site_name
@@ -27,8 +36,10 @@ __all__ = [
     "CostTable",
     "Evaluation",
     "Granularity",
+    "Grid",
     "Hints",
     "Kind",
+    "Limit",
     "Mask",
     "Proposal",
     "SearchSpace",
@@ -37,8 +48,11 @@ __all__ = [
     "SiteCosts",
     "Stage",
     "Status",
+    "budget_grid",
+    "front_limits",
     "front_metrics",
     "front_of",
+    "hypervolume",
     "is_packable",
     "mask_from_names",
     "nondominated",

@@ -1,10 +1,10 @@
-"""The budget: one true cost that the smaller model must not exceed."""
+"""The budget: one true cost, or two, that the smaller model must not exceed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from depthsearch.errors import BudgetError
@@ -21,7 +21,8 @@ class Budget:
 
     `metric` is params, bytes, flops or kv_bytes with a ratio or a cap; sites or blocks with a
     drop count. `of` says what a ratio refers to: the whole model's figure, or the figure of all
-    its blocks (embeddings, final norm and head left out, the field's usual "sparsity").
+    its blocks (embeddings, final norm and head left out, the field's usual "sparsity"). `also` is
+    a budget of another metric that must be met besides.
     """
 
     metric: BudgetMetric
@@ -29,6 +30,7 @@ class Budget:
     cap: int | None = None
     drop: int | None = None
     of: Scope = "model"
+    also: Budget | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in get_args(BudgetMetric):
@@ -51,9 +53,21 @@ class Budget:
             raise BudgetError(f"a budget cap is positive: got {self.cap}")
         if self.drop is not None and self.drop < 1:
             raise BudgetError(f"a drop count is at least 1: got {self.drop}")
+        if self.also is not None and (self.also.also or self.also.metric == self.metric):
+            raise BudgetError("two budgets that hold together are of two metrics, one each")
+
+    @property
+    def parts(self) -> tuple[Budget, ...]:
+        """The budgets of one cost that this one consists of, one or two."""
+        return (self,) if self.also is None else (replace(self, also=None), self.also)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics of the parts."""
+        return tuple(part.metric for part in self.parts)
 
     def costs(self, table: CostTable, sites: tuple[Site, ...]) -> SiteCosts:
-        """The costs this budget is counted in; for counts, one for each site or block."""
+        """The costs its own cap is counted in; for counts, one for each site or block."""
         if self.metric in METRICS:
             return table.of(self.metric)
         if self.metric == "sites":
@@ -79,6 +93,10 @@ class Budget:
     @property
     def text(self) -> str:
         """A short phrase for people, such as "params at most 75 % of the blocks"."""
+        return " and ".join(part._own_text for part in self.parts)
+
+    @property
+    def _own_text(self) -> str:
         if self.drop is not None:
             return f"{self.drop} {self.metric} dropped"
         if self.cap is not None:
@@ -95,12 +113,21 @@ class Budget:
             "cap": self.cap,
             "drop": self.drop,
             "of": self.of,
+            **({} if self.also is None else {"also": self.also.to_json()}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Budget:
         """Rebuild from `to_json`."""
-        return cls(data["metric"], data["ratio"], data["cap"], data["drop"], data["of"])
+        also = data.get("also")
+        return cls(
+            data["metric"],
+            data["ratio"],
+            data["cap"],
+            data["drop"],
+            data["of"],
+            None if also is None else cls.from_json(also),
+        )
 
 
 def _share(ratio: float, total: int) -> int:

@@ -19,7 +19,8 @@ import numpy as np
 
 from depthsearch.errors import BudgetError, MaskError
 from depthsearch.space.budget import Budget
-from depthsearch.space.cost import CostTable, SiteCosts
+from depthsearch.space.cost import CostTable
+from depthsearch.space.limit import Limit, allows, below, cheapest, costs_of, excess, weights
 from depthsearch.space.mask import Mask
 from depthsearch.space.packing import is_packable
 from depthsearch.space.site import Site
@@ -53,7 +54,7 @@ class SearchSpace:
                 f"unknown granularity '{self.granularity}': expected one of "
                 f"{', '.join(get_args(Granularity))}"
             )
-        if self.budget.metric == "blocks" and self.granularity != "block":
+        if "blocks" in self.budget.metrics and self.granularity != "block":
             raise BudgetError(
                 "a drop_blocks budget counts whole blocks: set 'granularity: block', or use "
                 "drop_sites or keep_params"
@@ -75,26 +76,27 @@ class SearchSpace:
             )
         if not self.genes:
             raise MaskError("every site is protected: there is nothing to search")
-        cheapest = self.smallest()
-        if self.cost(cheapest) > self.cap:
-            dense = self.cost(self.dense)
-            raise BudgetError(
-                f"the budget cannot be met: {self.budget.text} allows {self.cap:,}, but the "
-                f"cheapest mask of this space costs {self.cost(cheapest):,} "
-                f"({100 * self.cost(cheapest) / dense:.1f} % of the dense model's {dense:,}); "
-                "raise the budget or protect fewer sites"
-            )
-        if len({(point.budget.metric, point.cap) for point in self.points}) <= len(self.front):
+        for limit, budget in zip(self.limits, self.budget.parts, strict=True):
+            least, dense = limit.cost(self.smallest()), limit.dense
+            if least > limit.cap:
+                raise BudgetError(
+                    f"the budget cannot be met: {budget.text} allows {limit.cap:,}, but the "
+                    f"cheapest mask of this space costs {least:,} "
+                    f"({100 * least / dense:.1f} % of the dense model's {dense:,}); "
+                    "raise the budget or protect fewer sites"
+                )
+        allowed = {tuple((limit.metric, limit.cap) for limit in p.limits) for p in self.points}
+        if len(allowed) <= len(self.front):
             raise BudgetError("two budgets of the front allow the same cost: leave one of them out")
 
     @cached_property
     def points(self) -> tuple[SearchSpace, ...]:
         """The space at each budget, the own one included, a metric's loosest first."""
         budgets = (self.budget, *self.front)
-        metrics = list(dict.fromkeys(budget.metric for budget in budgets))
+        metrics = list(dict.fromkeys(metric for budget in budgets for metric in budget.metrics))
         found = [replace(self, budget=budget, front=()) for budget in budgets] if self.front else []
-        order = sorted(found, key=lambda point: (metrics.index(point.budget.metric), -point.cap))
-        return tuple(order) or (self,)
+        found.sort(key=lambda point: [(metrics.index(x.metric), -x.cap) for x in point.limits])
+        return tuple(found) or (self,)
 
     @cached_property
     def genes(self) -> tuple[Unit, ...]:
@@ -121,22 +123,15 @@ class SearchSpace:
         return frozenset(i for gene in self.genes for i in gene)
 
     @cached_property
-    def _table(self) -> SiteCosts:
-        return self.budget.costs(self.costs, self.sites)
-
-    @cached_property
-    def _shared_of(self) -> Mapping[int, tuple[tuple[int, Unit, int], ...]]:
-        """For each site, the shared parts it takes a share in: number, sites, amount."""
-        found: dict[int, list[tuple[int, Unit, int]]] = {}
-        for part, (indices, amount) in enumerate(self._table.shared):
-            for i in indices:
-                found.setdefault(i, []).append((part, indices, amount))
-        return {i: tuple(parts) for i, parts in found.items()}
+    def limits(self) -> tuple[Limit, ...]:
+        """What masks are held to: one cost and its cap, or two for a budget of two costs."""
+        tables = ((part, part.costs(self.costs, self.sites)) for part in self.budget.parts)
+        return tuple(Limit(part.metric, table, part.cap_for(table)) for part, table in tables)
 
     @cached_property
     def cap(self) -> int:
-        """The largest cost allowed, in the budget metric's own unit."""
-        return self.budget.cap_for(self._table)
+        """The largest cost allowed, in the unit of the budget's (first) metric."""
+        return self.limits[0].cap
 
     @cached_property
     def dense(self) -> Mask:
@@ -144,12 +139,12 @@ class SearchSpace:
         return Mask.dense(len(self.sites))
 
     def cost(self, mask: Mask) -> int:
-        """What the masked model costs in the budget's metric."""
-        return self._table.of(mask)
+        """What the masked model costs in the budget's (first) metric."""
+        return self.limits[0].cost(mask)
 
     def fits(self, mask: Mask) -> bool:
-        """Whether the mask does not exceed the cap."""
-        return self.cost(mask) <= self.cap
+        """Whether the mask does not exceed the cap, or either of two."""
+        return all(limit.cost(mask) <= limit.cap for limit in self.limits)
 
     def contains(self, mask: Mask) -> bool:
         """Whether the mask drops only whole free genes and is packable where that is demanded."""
@@ -161,7 +156,7 @@ class SearchSpace:
 
     def on_budget(self, mask: Mask) -> bool:
         """Whether the mask is in the space, fits, and nothing dropped could be put back."""
-        return self.contains(mask) and self._maximal(list(mask.keep), self.cost(mask))
+        return self.contains(mask) and self._maximal(list(mask.keep), costs_of(self.limits, mask))
 
     def meets(self, mask: Mask) -> bool:
         """Whether the mask is on budget, on the own one or on one of the front."""
@@ -175,7 +170,7 @@ class SearchSpace:
         """
         keep = list(mask.keep)
         units = self._removable(keep)
-        cheaper = [unit for unit in units if self._weight(keep, unit) > 0]
+        cheaper = [unit for unit in units if any(weights(self.limits, keep, unit))]
         return tuple(mask.without(unit) for unit in cheaper or units)
 
     def additions(self, mask: Mask) -> tuple[Mask, ...]:
@@ -183,15 +178,19 @@ class SearchSpace:
         return tuple(mask.with_(u) for u in self._addable(list(mask.keep)))
 
     def smallest(self) -> Mask:
-        """The cheapest mask of the space, the budget aside."""
+        """The cheapest mask of the space, the budget aside; with two costs, one that fits, if any.
+
+        Where none fits both, one that exceeds a cap by the smallest share of the dense cost.
+        """
+        start = self.dense.without(self.free)
         if not self._pairs:
-            return self.dense.without(self.free)
-        keep = list(self.dense.without(self.free).keep)
-        for start, stop in self._stretches(keep):
-            if (stop - start) % 2:
+            return start
+        found = [list(start.keep)]
+        for first, stop in self._stretches(start.keep):
+            if (stop - first) % 2:
                 # An odd stretch must keep one site that leaves even runs on both sides.
-                keep[min(range(start, stop, 2), key=lambda i: self._weight(keep, (i,)))] = True
-        return Mask(tuple(keep))
+                found = cheapest(self.limits, found, range(first, stop, 2))
+        return min((Mask(tuple(keep)) for keep in found), key=lambda m: excess(self.limits, m))
 
     def decode(self, keys: Sequence[float]) -> Mask:
         """The mask on budget for one ranking key a gene, higher meaning keep.
@@ -269,34 +268,45 @@ class SearchSpace:
             return (self.dense,)
         found: list[Mask] = []
         steps, keep = 0, list(self.dense.keep)
-        weights = [self._weight(keep, gene) for gene in self.genes]
-        shared = sum(amount for _, amount in self._table.shared)
-        # What the genes from each place on could still free, and the most that one put-back costs.
-        reach = [sum(weights[place:]) + shared for place in range(len(weights) + 1)]
-        step = max(weights) * (2 if self._pairs else 1) + shared
+        caps = [each.cap for each in self.limits]
+        # By cost: what the genes from each place on could still free, and what one put-back takes
+        # at most.
+        reach, step = [], []
+        for each in self.limits:
+            single = [each.weight(keep, gene) for gene in self.genes]
+            shared = sum(amount for _, amount in each.table.shared)
+            reach.append([sum(single[place:]) + shared for place in range(len(single) + 1)])
+            step.append(max(single) * (2 if self._pairs else 1) + shared)
 
-        def visit(place: int, cost: int) -> bool:
+        def visit(place: int, costs: tuple[int, ...]) -> bool:
             nonlocal steps
             steps += 1
             if steps > 20 * limit + 20_000 or len(found) > limit:
                 return False
-            if cost - reach[place] > self.cap or cost + step <= self.cap:
+            left = zip(costs, caps, reach, strict=True)
+            if any(cost - freed[place] > cap for cost, cap, freed in left):
+                return True
+            if below([cost + most for cost, most in zip(costs, step, strict=True)], caps):
                 return True
             if place == len(self.genes):
                 mask = Mask(tuple(keep))
-                if cost <= self.cap and self.contains(mask) and self._maximal(keep, cost):
+                if self.contains(mask) and self._maximal(keep, costs):
                     found.append(mask)
                 return True
             gene = self.genes[place]
-            if not visit(place + 1, cost):
+            if not visit(place + 1, costs):
                 return False
-            freed = self._weight(keep, gene)
+            freed = weights(self.limits, keep, gene)
             _set(keep, gene, False)
-            complete = visit(place + 1, cost - freed)
+            complete = visit(place + 1, tuple(a - b for a, b in zip(costs, freed, strict=True)))
             _set(keep, gene, True)
             return complete
 
-        return tuple(found) if visit(0, self.cost(self.dense)) and len(found) <= limit else None
+        return (
+            tuple(found)
+            if visit(0, costs_of(self.limits, self.dense)) and len(found) <= limit
+            else None
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -400,43 +410,35 @@ class SearchSpace:
     def _same_stack(self, a: int, b: int) -> bool:
         return self.sites[a].stack == self.sites[b].stack
 
-    def _weight(self, keep: list[bool], unit: Unit) -> int:
-        """What dropping the kept `unit`, or putting back the dropped one, moves the cost by."""
-        total = sum(self._table.sites[i] for i in unit)
-        seen: set[int] = set()
-        for i in unit:
-            for part, indices, amount in self._shared_of.get(i, ()):
-                if part not in seen and not any(keep[j] for j in indices if j not in unit):
-                    total += amount
-                seen.add(part)
-        return total
-
-    def _maximal(self, keep: list[bool], cost: int) -> bool:
-        """Whether `keep`, which costs `cost`, fits and no unit could be put back within the cap."""
-        return cost <= self.cap and all(
-            cost + self._weight(keep, unit) > self.cap for unit in self._addable(keep)
+    def _maximal(self, keep: list[bool], costs: Sequence[int]) -> bool:
+        """Whether `keep`, which costs `costs`, fits and no unit could be put back."""
+        return below(costs, [limit.cap for limit in self.limits]) and not any(
+            allows(self.limits, keep, costs, unit) for unit in self._addable(keep)
         )
 
     def _shrink(self, keep: list[bool], choose: Callable[[Sequence[Unit]], Unit]) -> bool:
-        cost = self.cost(Mask(tuple(keep)))
-        while cost > self.cap:
+        costs = costs_of(self.limits, Mask(tuple(keep)))
+        while over := [x for x, cost in zip(self.limits, costs, strict=True) if cost > x.cap]:
             units = self._removable(keep)
+            if len(self.limits) > 1:
+                # What only lowers a cost that is met would be dropped for nothing.
+                units = [unit for unit in units if any(limit.touches(unit) for limit in over)]
             if not units:
                 return False
             unit = choose(units)
-            cost -= self._weight(keep, unit)
+            freed = weights(self.limits, keep, unit)
+            costs = tuple(a - b for a, b in zip(costs, freed, strict=True))
             _set(keep, unit, False)
         return True
 
     def _grow(self, keep: list[bool], choose: Callable[[Sequence[Unit]], Unit]) -> Mask:
-        cost = self.cost(Mask(tuple(keep)))
-        while True:
-            units = [u for u in self._addable(keep) if cost + self._weight(keep, u) <= self.cap]
-            if not units:
-                return Mask(tuple(keep))
+        costs = costs_of(self.limits, Mask(tuple(keep)))
+        while units := [u for u in self._addable(keep) if allows(self.limits, keep, costs, u)]:
             unit = choose(units)
-            cost += self._weight(keep, unit)
+            taken = weights(self.limits, keep, unit)
+            costs = tuple(a + b for a, b in zip(costs, taken, strict=True))
             _set(keep, unit, True)
+        return Mask(tuple(keep))
 
 
 def _set(keep: list[bool], unit: Iterable[int], value: bool) -> None:
