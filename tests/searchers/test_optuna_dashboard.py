@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from landscapes import Landscape, drive, toy
+from landscapes import FRONTS, Landscape, drive, toy
 
 from depthsearch.searchers import build_searcher
 from depthsearch.searchers.optuna_keys import OptunaSearcher
@@ -106,6 +106,23 @@ def test_it_shows_a_search_while_it_runs(url: str, request: pytest.FixtureReques
         trials = shown(dashboard)
     told |= {p.mask.key: landscape.evaluate(p.mask).loss for p in asked.proposals}
     assert {attribute(t, "mask"): t["values"][0] for t in trials} == pytest.approx(told)
+
+
+def test_it_shows_the_objectives_of_a_front(url: str, request: pytest.FixtureRequest) -> None:
+    space, landscape = FRONTS["two costs"], Landscape(10)
+    options = {"storage": url, "sampler": "nsga2"}
+    rng = np.random.default_rng(0)
+    searcher = build_searcher("optuna", space, landscape.hints(), rng, options)
+    assert isinstance(searcher, OptunaSearcher)
+    drive(searcher, lambda p: landscape.evaluate(p.mask), limit=40)
+    dashboard = request.getfixturevalue("dashboard")
+    (summary,) = json.loads(fetch(f"{dashboard}/api/studies"))["study_summaries"]
+    assert summary["directions"] == ["minimize"] * 3
+    detail = json.loads(fetch(f"{dashboard}/api/studies/{summary['study_id']}"))
+    assert detail["objective_names"] == ["loss", "params", "kv_bytes"]
+    assert {trial["number"] for trial in detail["best_trials"]} == {
+        trial.number for trial in searcher.study.best_trials
+    }
 
 
 def attribute(trial: dict[str, Any], key: str) -> str:
