@@ -7,8 +7,9 @@ CONFIG is a run file; its model, text and windows are used. Every mask is judged
 in each of `--kinds` with each size of fit text, once for each of `--seeds`, which draw the text.
 Losses are those on the fit text itself, on held-out text of the same source, and on held-out text
 of `--other`; a repair that overfits shows as a gap between the first two. With `--fit-text` each of
-`--shares` of the fit text is taken from there, such as from what the model wrote itself. Then what
-evaluating offspring of the first mask costs, repaired and not. Prints one JSON document.
+`--shares` of the fit text is taken from there, such as from what the model wrote itself. Then,
+unless `--no-price`, what evaluating offspring of the first mask costs, repaired and not. Prints one
+JSON document.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, help=f"{KINDS} or gap:OPERATOR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--heldout", type=int, default=16384)
+    parser.add_argument("--price", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     result = Bench(chosen).result()
@@ -108,7 +110,7 @@ class Bench:
             "masks": {name: mask.key for name, mask in self._masks.items()},
             "dense": {name: float(ce.mean()) for name, (_, ce) in self._dense.items()},
             "figures": list(self._figures()),
-            "price": self._price(),
+            **({"price": self._price()} if self._chosen.price else {}),
         }
 
     def _fit_signature(self) -> dict[str, str]:
