@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from depthsearch.space.budget import Budget
-from depthsearch.space.cost import METRICS, CostTable, SiteCosts
+from depthsearch.space.cost import METRICS, CostTable, SiteCosts, cost_text
 from depthsearch.space.evaluation import (
     Batch,
     Evaluation,
@@ -37,6 +37,7 @@ __all__ = [
     "SiteCosts",
     "Stage",
     "Status",
+    "cost_text",
     "front_metrics",
     "front_of",
     "is_packable",

@@ -19,7 +19,7 @@ import numpy as np
 
 from depthsearch.errors import BudgetError, MaskError
 from depthsearch.space.budget import Budget
-from depthsearch.space.cost import CostTable, SiteCosts
+from depthsearch.space.cost import CostTable, SiteCosts, cost_text
 from depthsearch.space.mask import Mask
 from depthsearch.space.packing import is_packable
 from depthsearch.space.site import Site
@@ -77,12 +77,14 @@ class SearchSpace:
             raise MaskError("every site is protected: there is nothing to search")
         cheapest = self.smallest()
         if self.cost(cheapest) > self.cap:
-            dense = self.cost(self.dense)
+            least, whole = self.cost(cheapest), self.cost(self.dense)
+            allowed, costs, dense = (
+                cost_text(self.budget.metric, cost) for cost in (self.cap, least, whole)
+            )
             raise BudgetError(
-                f"the budget cannot be met: {self.budget.text} allows {self.cap:,}, but the "
-                f"cheapest mask of this space costs {self.cost(cheapest):,} "
-                f"({100 * self.cost(cheapest) / dense:.1f} % of the dense model's {dense:,}); "
-                "raise the budget or protect fewer sites"
+                f"the budget cannot be met: {self.budget.text} allows {allowed}, but the cheapest "
+                f"mask of this space costs {costs} ({100 * least / whole:.1f} % of the dense "
+                f"model's {dense}); raise the budget or protect fewer sites"
             )
         if len({(point.budget.metric, point.cap) for point in self.points}) <= len(self.front):
             raise BudgetError("two budgets of the front allow the same cost: leave one of them out")
