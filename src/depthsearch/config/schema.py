@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -16,8 +17,21 @@ from pydantic import (
     model_validator,
 )
 
-from depthsearch.config.amounts import parse_amount, units_of
-
+_AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)\s*([A-Za-z]*)")
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS: Mapping[str, Mapping[str, int]] = {
+    "params": {"k": 10**3, "m": 10**6, "b": 10**9},
+    "bytes": {f"{p}b": f for p, f in _DECIMAL.items()}
+    | {f"{p}ib": 1024**n for n, p in enumerate("kmgt", start=1)},
+    "flops": {f"{p}flop": f for p, f in _DECIMAL.items()},
+    "latency": {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9},
+}
+_UNIT_NAMES = {
+    "params": "K, M or B, such as '100M'",
+    "bytes": "B, kB, MB, GB, KiB, MiB or GiB, such as '180MB'",
+    "flops": "FLOP, kFLOP, MFLOP, GFLOP or TFLOP (per token), such as '0.2GFLOP'",
+    "latency": "ns, us, ms or s, such as '12ms'",
+}
 _PROTECTED = re.compile(r"first|last|[a-z_]+\.[0-9]+(\.(attention|cross_attention|ffn))?")
 
 
@@ -46,6 +60,25 @@ Tokens = Annotated[Whole, Field(ge=2)]
 Repair = Literal["none", "table", "gap", "sequential"]
 Finish = Literal["none", "gap", "sequential"]
 Loss = Literal["kl", "cross_entropy", "angular", "norm", "js"]
+
+
+def parse_amount(text: str, metric: str) -> int:
+    """An absolute cap such as "100M", "180MB", "0.2GFLOP" or "12ms", in the metric's own unit.
+
+    That of latency is the nanosecond. Upper and lower case are one. Raises ValueError, naming the
+    units of the metric.
+    """
+    kind = "bytes" if metric == "kv_bytes" else metric
+    match = _AMOUNT.fullmatch(text.strip())
+    unit = match[2].lower() if match else ""
+    if unit not in _UNITS[kind]:
+        unit = unit.removesuffix("s")
+    if match is None or unit not in _UNITS[kind]:
+        raise ValueError(f"a cap is a number with a unit: {_UNIT_NAMES[kind]}")
+    amount = math.floor(float(match[1]) * _UNITS[kind][unit])
+    if amount < 1:
+        raise ValueError("a cap is at least 1")
+    return amount
 
 
 class _Section(BaseModel):
@@ -118,8 +151,9 @@ class BudgetConfig(_Section):
             parse_amount(value, metric)
             return value
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            kind = "bytes" if metric == "kv_bytes" else metric
             raise ValueError(
-                f"a ratio lies in (0, 1]; an absolute cap carries a unit: {units_of(metric)}"
+                f"a ratio lies in (0, 1]; an absolute cap carries a unit: {_UNIT_NAMES[kind]}"
             )
         return float(value)
 

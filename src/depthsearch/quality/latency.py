@@ -11,7 +11,7 @@ import copy
 import inspect
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,6 +29,9 @@ OnSteps = Callable[[int, int], None]
 """Called with the rounds measured so far and all of them."""
 
 _WARM_UP = 3
+_ENOUGH = 5
+"""Steps that no other process interrupted from which on interrupted ones are left out."""
+
 _PREFILL_TOKENS = 1024
 
 
@@ -55,7 +58,8 @@ class StepTimes:
     what both sublayers of a parallel block share, and none elsewhere; `fixed` is all outside the
     blocks. `alike[i]` is the same for sites of one kind and shape. `whole` is the step measured
     without anything that watches its parts, in turns with them. `interrupted` is the share of steps
-    that other processes took the processor from, which makes whole steps longer than their parts.
+    that other processes took the processor from; they count only where fewer than five others are
+    left, and then make whole steps longer than their parts.
     """
 
     sites: tuple[Times, ...]
@@ -101,37 +105,32 @@ def measure_parts(
     row = anatomy.stack.row
     decoder = _Decoder("the model", model, context_tokens, repeats)
     blocks, marks = anatomy.stack.blocks, 3 if row.parallel else 2
-    watched: list[Any] = []
-    whole: list[float] = []
-    interrupted = 0
+    steps: dict[bool, list[list[float]]] = {True: [], False: []}
+    disturbed: dict[bool, list[bool]] = {True: [], False: []}
     for turn in _rounds(repeats, on_steps):
         for watching in (turn % 2 == 0, turn % 2 == 1):
-            before = _interruptions()
             with _watched(model, anatomy, decoder.clock) if watching else nullcontext():
-                times = decoder.step()
-            interrupted += turn >= _WARM_UP and _interruptions() > before
-            if not watching:
-                whole += times
-                continue
-            if len(times) != 1 + blocks * (marks + 1):
+                times, interrupted = decoder.step()
+            steps[watching].append(times)
+            disturbed[watching].append(interrupted)
+            if watching and len(times) != 1 + blocks * (marks + 1):
                 raise ModelError(
                     f"{anatomy.model_class}: a decoding step passed {len(times)} parts, not the "
                     f"{1 + blocks * (marks + 1)} of its {blocks} blocks; its row in "
                     "depthsearch/model/families.py does not describe it"
                 )
-            watched.append(times)
-    rounds = np.array(watched)[_WARM_UP:]
+    rounds = _undisturbed(steps[True], disturbed[True])
     # What follows each block's last part, up to the next block or the end, is outside the blocks.
-    parts = rounds[:, 1:].reshape(repeats, blocks, marks + 1)
+    parts = rounds[:, 1:].reshape(-1, blocks, marks + 1)
     fixed = rounds[:, 0] + parts[:, :, -1].sum(axis=1)
-    sublayers = parts[:, :, marks - 2 : marks].reshape(repeats, 2 * blocks)
+    sublayers = parts[:, :, marks - 2 : marks].reshape(-1, 2 * blocks)
     return StepTimes(
         sites=tuple(Times.of(sublayers[:, site]) for site in range(2 * blocks)),
         shared=tuple(Times.of(parts[:, b, 0]) for b in range(blocks)) if row.parallel else (),
         fixed=Times.of(fixed),
-        whole=Times.of(whole[_WARM_UP:]),
+        whole=Times.of(_undisturbed(steps[False], disturbed[False])),
         alike=tuple(_alike(model, anatomy, decoder.cache)),
-        interrupted=interrupted / (2 * repeats),
+        interrupted=float(np.mean([flags[_WARM_UP:] for flags in disturbed.values()])),
     )
 
 
@@ -145,11 +144,20 @@ def measure_steps(
     decoders = {
         name: _Decoder(name, model, context_tokens, repeats) for name, model in models.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in models}
+    steps: dict[str, list[tuple[list[float], bool]]] = {name: [] for name in models}
     for turn in _rounds(repeats, on_steps):
         for name in sorted(decoders, reverse=turn % 2 == 1):
-            times[name] += decoders[name].step()
-    return {name: Times.of(found[_WARM_UP:]) for name, found in times.items()}
+            steps[name].append(decoders[name].step())
+    return {
+        name: Times.of(_undisturbed(*zip(*found, strict=True))) for name, found in steps.items()
+    }
+
+
+def _undisturbed(times: Sequence[Sequence[float]], interrupted: Sequence[bool]) -> Any:
+    """Times `[step, mark]` behind the warm-up, without interrupted ones where enough are left."""
+    found = np.array(times)[_WARM_UP:]
+    quiet = found[~np.array(interrupted)[_WARM_UP:]]
+    return quiet if len(quiet) >= _ENOUGH else found
 
 
 def _interruptions() -> int:
@@ -189,16 +197,20 @@ class _Decoder:
         self.cache: Any = None
         self._fill(context_tokens, next(iter(devices)))
 
-    def step(self) -> list[float]:
-        """Nanoseconds between the marks of one step: one time, or one a part while watched."""
+    def step(self) -> tuple[list[float], bool]:
+        """Nanoseconds between the marks of one step, and whether another process interrupted it.
+
+        One time, or one for each part while watched.
+        """
         # Caches grow by new tensors, so a shallow copy leaves the filled one as it is.
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        before = _interruptions()
         with torch.no_grad():
             self.clock.start()
             self._forward(self._token, cache)
             self.clock.mark()
-        return self.clock.intervals()
+        return self.clock.intervals(), _interruptions() > before
 
     def _forward(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
         output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **self._options)

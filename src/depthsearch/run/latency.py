@@ -175,6 +175,7 @@ def _signature(
         protocol=(
             f"one decoding step, batch 1, behind {context_tokens} tokens in the KV cache; medians "
             f"of {repeats} steps after 3, parts timed within steps, in turns with whole steps; "
+            "interrupted steps left out where 5 others remain; "
             "medians of sublayers of one kind and shape averaged"
         ),
     )

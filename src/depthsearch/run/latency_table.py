@@ -108,7 +108,8 @@ class LatencyTable(_Part):
     @property
     def sum_ns(self) -> int:
         """The dense step as the sum of its parts."""
-        return self.fixed.ns + sum(part.ns for part in (*self.sites, *self.shared))
+        inside = sum(site.ns for site in self.sites) + sum(part.ns for part in self.shared)
+        return self.fixed.ns + inside
 
     @property
     def additivity_error(self) -> float:
@@ -121,9 +122,8 @@ class LatencyTable(_Part):
         if self.interrupted <= _BUSY:
             return []
         return [
-            f"other processes interrupted {100 * self.interrupted:.0f} % of the steps: ratios of "
-            "parts hold better than the whole step; measure on an idle machine, or with fewer "
-            "threads"
+            f"other processes interrupted {100 * self.interrupted:.0f} % of the steps: parts and "
+            "their ratios hold better than the whole step; measure on an idle machine"
         ]
 
 

@@ -219,6 +219,8 @@ def shareable_config(session: Session) -> dict[str, Any]:
     del config["model"]["streamed"], config["model"]["host_gb"]
     config["model"]["path"] = session.model_json["source"]
     config["calibration"]["text"] = session.documents_name
+    if session.latency is not None:
+        config["space"]["latency"] = session.latency.name
     if config["search"]["options"].get("storage") is not None:
         # Its URL may hold a password.
         config["search"]["options"]["storage"] = "(not recorded)"

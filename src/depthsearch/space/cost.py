@@ -15,7 +15,10 @@ METRICS = ("params", "bytes", "flops", "kv_bytes", "latency")
 
 def cost_text(metric: str, cost: int) -> str:
     """A cost for people, with its unit where the metric's name doesn't tell it: "12.5 ms"."""
-    return f"{cost / 1e6:,.6g} ms" if metric == "latency" else f"{cost:,}"
+    if metric != "latency":
+        return f"{cost:,}"
+    ms = cost / 1e6
+    return f"{ms:.4g} ms" if ms < 1000 else f"{ms:,.0f} ms"
 
 
 @dataclass(frozen=True)
