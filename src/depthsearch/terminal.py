@@ -421,7 +421,7 @@ _COLUMNS = {
     "bytes": "bytes",
     "flops": "FLOPs/token",
     "kv_bytes": "KV bytes/token",
-    "latency": "decoding step",
+    "latency": "step",
 }
 
 
