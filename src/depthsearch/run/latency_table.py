@@ -183,5 +183,5 @@ def read_latency(path: str | Path | None) -> Latency | None:
         what = f"{where}: {first['msg']}" if where else first["msg"]
         raise InputError(f"{path} is no latency table ({what}); {hint}") from None
     if table.sum_ns < 1 or table.whole.ns < 1:
-        raise InputError(f"{path} is no latency table (all its times are 0); {hint}")
+        raise InputError(f"{path} is no latency table (its step takes no time); {hint}")
     return Latency(table, Path(path).name, hashlib.sha256(data).hexdigest())
