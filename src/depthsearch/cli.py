@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from depthsearch import __version__
+from depthsearch.cli_options import (
+    Config,
+    ContextTokens,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Out,
+    Repeats,
+    Revision,
+    Run,
+    Set,
+)
+from depthsearch.cli_output import Ended, fail, finished, present, say
 from depthsearch.errors import DepthsearchError, InputError, StorageError
 from depthsearch.sources import is_disk_full, quiet
 
@@ -32,27 +45,17 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Config = Annotated[Path, typer.Argument(help="Run configuration, a YAML file.")]
-Out = Annotated[Path, typer.Option("--out", help="New directory; never an existing one.")]
-Run = Annotated[Path, typer.Argument(help="Run directory of `depthsearch search`.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a setting, such as search.seed=3. May be repeated."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Turns of the speed measurement.")]
-
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Hub id, directory or GGUF file.")],
-    context_tokens: Annotated[int, typer.Option(help="Context for FLOPs and KV bytes.")] = 2048,
+    model: Model,
+    context_tokens: ContextTokens = 2048,
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,
+    latency: Annotated[
+        Path | None, typer.Option(help="Table of `depthsearch latency` to show too.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's sites, what each one costs, and whether masking it is exact."""
@@ -60,9 +63,49 @@ def inspect(
     from depthsearch.terminal import inspection_tables
 
     found = inspect_model(
-        model, context_tokens=context_tokens, dtype=dtype, device=device, revision=revision
+        model,
+        context_tokens=context_tokens,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        latency=latency,
     )
-    _show(found, as_json, inspection_tables)
+    present(found, as_json, inspection_tables)
+
+
+@app.command()
+def latency(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="New file for the table.")],
+    context_tokens: ContextTokens = 2048,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 50,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Time each sublayer in decoding steps of a model, on the machine that is to serve.
+
+    Searches with a keep_latency budget count in the table that this writes (space.latency).
+    """
+    from depthsearch.run.latency import write_latency
+    from depthsearch.terminal import latency_lines, stage_bar
+
+    with stage_bar() as bar:
+        found = write_latency(
+            model,
+            out,
+            context_tokens=context_tokens,
+            repeats=repeats,
+            threads=threads,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            on_stage=bar,
+        )
+    present(found, as_json, latency_lines)
+    say(f"Table: {out}", as_json)
 
 
 @app.command()
@@ -76,7 +119,7 @@ def search(config: Config, out: Out, override: Set = None) -> None:
     settings = load_config(config, override or [])
     with search_bar(settings.search.method) as bar:
         run_search(settings, out, on_progress=bar, finish=write_report)
-    _finished(out)
+    finished(out)
 
 
 @app.command()
@@ -89,7 +132,7 @@ def resume(run: Run) -> None:
 
     with search_bar(run_config(run).search.method) as bar:
         resume_search(run, on_progress=bar, finish=write_report)
-    _finished(run)
+    finished(run)
 
 
 @app.command()
@@ -110,8 +153,8 @@ def compare(config: Config, out: Out, override: Set = None, as_json: Json = Fals
             settings, out, on_arm=on_arm, on_heldout=on_heldout, finish=write_report
         )
     compare_report(result, out / "report.html")
-    _show(result, as_json, compare_lines)
-    _say(f"Report: {out / 'report.html'}", as_json)
+    present(result, as_json, compare_lines)
+    say(f"Report: {out / 'report.html'}", as_json)
 
 
 @app.command()
@@ -132,7 +175,7 @@ def export(
 ) -> None:
     """Write the best mask of a run as a smaller checkpoint, proven equal to the masked model."""
     from depthsearch.run.figures import export_run
-    from depthsearch.terminal import figures_table, stage_bar
+    from depthsearch.terminal import figures_table, prediction_text, stage_bar
 
     if point is not None and budget is not None:
         raise InputError("--point and --budget name the same thing: give one of them")
@@ -148,10 +191,11 @@ def export(
             budget=budget,
         )
     lines: list[Any] = [figures_table(summary["rows"])] if measure else []
+    lines += [prediction_text(summary["latency"])] if summary["latency"] else []
     if result.verification is not None:
         lines.append(f"Equal to the masked model: {result.verification.text}")
     lines.append(f"{result.parameters:,} parameters, {len(result.plan.pairs)} blocks in {out}")
-    _show(summary, as_json, lambda _: lines)
+    present(summary, as_json, lambda _: lines)
 
 
 @app.command()
@@ -160,12 +204,12 @@ def front(run: Run, as_json: Json = False) -> None:
     from depthsearch.run.front import read_front
     from depthsearch.terminal import front_table
 
-    _show(read_front(run), as_json, lambda data: [front_table(data)])
+    present(read_front(run), as_json, lambda data: [front_table(data)])
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, directory or GGUF file.")],
+    model: Model,
     text: Annotated[str, typer.Option(help="Held-out text: a file, a folder or a hub data set.")],
     column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
@@ -201,7 +245,7 @@ def evaluate(
             repeats=repeats,
             on_stage=bar,
         )
-    _show(found, as_json, lambda data: [figures_table(data["rows"])])
+    present(found, as_json, lambda data: [figures_table(data["rows"])])
 
 
 @app.command()
@@ -236,7 +280,7 @@ def generate(
             model, out, options, dtype=dtype, device=device, revision=revision, on_text=bar
         )
     said = f"{found['texts']:,} texts of {found['tokens']:,} tokens in {out}"
-    _show(found, as_json, lambda _: [said])
+    present(found, as_json, lambda _: [said])
 
 
 @app.command()
@@ -282,7 +326,7 @@ def watch(
         try:
             follow(watcher, interval)
         except KeyboardInterrupt:
-            _fail("no longer watching; the search itself is not touched", _INTERRUPTED)
+            fail("no longer watching; the search itself is not touched", _INTERRUPTED)
 
 
 @app.command()
@@ -303,7 +347,7 @@ def feed(
     counts = parse_counts(workers)
     with stage_bar() as bar:
         found = feeding(run, counts, lambda done, total: bar("simulating", done, total))
-    _show(found, as_json, lambda data: [feeding_table(data), data["verdict"], *data["notes"]])
+    present(found, as_json, lambda data: [feeding_table(data), data["verdict"], *data["notes"]])
 
 
 @app.command()
@@ -335,8 +379,8 @@ def overfit(
     with stage_bar() as bar:
         found = run_overfit(run, sizes, other=other, column=column, kind=repair, on_stage=bar)
     path = write_report(run)
-    _show(found, as_json, lambda data: [overfit_table(data), data["verdict"]])
-    _say(f"Report: {path}", as_json)
+    present(found, as_json, lambda data: [overfit_table(data), data["verdict"]])
+    say(f"Report: {path}", as_json)
 
 
 @app.command()
@@ -386,8 +430,8 @@ def calibrate_check(
     with stage_bar() as bar:
         found = check_calibration(settings, out, options, run=run, others=others, on_stage=bar)
     calibration_report(found, out / "report.html")
-    _show(found, as_json, calibration_tables)
-    _say(f"Report: {out / 'report.html'}", as_json)
+    present(found, as_json, calibration_tables)
+    say(f"Report: {out / 'report.html'}", as_json)
 
 
 @app.callback(invoke_without_command=True)
@@ -405,14 +449,14 @@ def main() -> None:
         with quiet():
             app(standalone_mode=True)
     except DepthsearchError as error:
-        _fail(str(error), error.exit_code)
+        fail(str(error), error.exit_code)
     except (KeyboardInterrupt, SystemExit) as error:
         # Inside a command typer turns Ctrl-C into an exit without a word.
-        if isinstance(error, _Ended) or (
+        if isinstance(error, Ended) or (
             isinstance(error, SystemExit) and error.code != _INTERRUPTED
         ):
             raise
-        _fail(
+        fail(
             "interrupted; a search continues with `depthsearch resume RUN`, a comparison or "
             "a calibration check with the same command",
             _INTERRUPTED,
@@ -420,44 +464,7 @@ def main() -> None:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        _fail(f"the disk is full: {error}", StorageError.exit_code)
-
-
-class _Ended(SystemExit):
-    """The end of the process, its one line already written."""
-
-
-def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"depthsearch: {message}\n")
-    sys.stderr.flush()
-    raise _Ended(code)
-
-
-def _show(data: Any, as_json: bool, lines: Any) -> None:
-    from depthsearch.terminal import results
-
-    if as_json:
-        typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
-        return
-    for line in lines(data):
-        results.print(line)
-
-
-def _say(text: str, quiet_please: bool = False) -> None:
-    from depthsearch.terminal import results
-
-    if not quiet_please:
-        results.print(text)
-
-
-def _finished(run: Path) -> None:
-    from depthsearch.run.directory import BEST, FRONT, REPORT, read_json
-    from depthsearch.terminal import best_table, front_table, results
-
-    results.print(best_table(read_json(run / BEST, "the run has not finished")))
-    if (run / FRONT).is_file():
-        results.print(front_table(read_json(run / FRONT, "the run has not finished")))
-    results.print(f"Report: {run / REPORT}")
+        fail(f"the disk is full: {error}", StorageError.exit_code)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from depthsearch.run.figures import MEASURES
 from depthsearch.run.heldout import OnHeldout
 from depthsearch.run.loop import OnProgress
 from depthsearch.run.loop import Progress as SearchProgress
-from depthsearch.space import Mask, Site, parse_site_name
+from depthsearch.space import Mask, Site, cost_text, parse_site_name
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """For what is read while one waits."""
@@ -107,9 +107,11 @@ def best_table(best: Mapping[str, Any]) -> Table:
         table.add_row("refitted", what)
     table.add_row("dropped", dropped_text(best))
     table.add_row("budget", str(best["budget_text"]))
+    metric = str(best["metric"])
     table.add_row(
-        str(best["metric"]),
-        f"{cost:,} of {dense:,} ({100 * cost / dense:.1f} %), cap {best['cap']:,}",
+        metric,
+        f"{cost_text(metric, cost)} of {cost_text(metric, dense)} ({100 * cost / dense:.1f} %), "
+        f"cap {cost_text(metric, best['cap'])}",
     )
     table.add_row("loss on search data", plus_minus(best["loss"], best["stderr"]))
     table.add_row("loss on fresh data", plus_minus(best["finals_loss"], best["finals_stderr"]))
@@ -353,15 +355,17 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table | str]:
     for metric, figures in found["totals"].items():
         totals.add_row(
             _UNITS[metric].format(context=found["context_tokens"]),
-            *(f"{figures[part]:,}" for part in ("model", "blocks", "outside_blocks")),
+            *(cost_text(metric, figures[part]) for part in ("model", "blocks", "outside_blocks")),
         )
     sites = Table(title="Sites")
-    for title in ("site", "parameters", "bytes", "FLOPs/token", "KV bytes/token"):
+    # No room for six columns on a terminal of 80 characters; bytes follow from the parameters.
+    shown = [m for m in found["totals"] if m != "bytes" or "latency" not in found["totals"]]
+    for title in ("site", *(_COLUMNS[metric] for metric in shown)):
         sites.add_column(title, justify="left" if title == "site" else "right")
     for group in _folded(found["sites"]):
         first, last = group[0]["name"], group[-1]["name"]
         name = first if first == last else f"{first} … {last}"
-        cells = (f"{group[0][metric]:,}" for metric in found["totals"])
+        cells = (cost_text(metric, group[0][metric]) for metric in shown)
         sites.add_row(name, *cells)
     check = found["self_check"]
     replay = {
@@ -377,11 +381,62 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table | str]:
     return [totals, sites, f"Self-check passed: {replay}; {packable}."]
 
 
+def latency_lines(found: Mapping[str, Any]) -> list[Table | str]:
+    """A latency table by kinds of parts, and how far their sum is from the whole step."""
+    about, whole, error = found["signature"], found["whole"], 100 * found["additivity_error"]
+    where = f"{about['device_name']}, {about['dtype']}"
+    table = Table(title=f"One decoding step behind {about['context_tokens']:,} tokens · {where}")
+    for title in ("part", "each", "number", "together"):
+        table.add_column(title, justify="left" if title == "part" else "right")
+    groups: dict[tuple[str, int], int] = {}
+    for site in found["sites"]:
+        key = site["name"].rpartition(".")[2], site["ns"]
+        groups[key] = groups.get(key, 0) + 1
+    for part in found["shared"]:
+        key = "shared by both", part["ns"]
+        groups[key] = groups.get(key, 0) + 1
+    groups["outside the blocks", found["fixed"]["ns"]] = 1
+    for (name, each), number in groups.items():
+        cells = [cost_text("latency", ns) for ns in (each, number * each)]
+        table.add_row(name, cells[0], str(number), cells[1])
+    table.add_row("sum", "", "", cost_text("latency", found["sum_ns"]))
+    low, high = (f"{ns / 1e6:.4g}" for ns in whole["quartiles_ns"])
+    said = (
+        f"The whole step, measured in turns with its parts: {cost_text('latency', whole['ns'])} "
+        f"(quartiles {low} and {high}). The sum of the parts is {abs(error):.1f} % "
+        f"{'above' if error > 0 else 'below'} it (additivity error)."
+    )
+    return [table, said, *(f"Warning: {warning}" for warning in found["warnings"])]
+
+
+def prediction_text(found: Mapping[str, Any]) -> str:
+    """The decoding step of an export beside what its latency table said."""
+    table, measured, predicted = found["table"], found["measured_ms"], found["predicted_ms"]
+    elsewhere = (
+        "" if found["device_name"] == table["device_name"] else f" on {table['device_name']}"
+    )
+    return (
+        f"Decoding step behind {table['context_tokens']:,} tokens: predicted"
+        f"{elsewhere} {100 * found['predicted_ratio']:.1f} % of the dense model's "
+        f"({predicted['pruned']:.4g} of {predicted['dense']:.4g} ms), measured "
+        f"{100 * found['measured_ratio']:.1f} % ({measured['pruned']:.4g} of "
+        f"{measured['dense']:.4g} ms, in turns)"
+    )
+
+
 _UNITS = {
     "params": "parameters",
     "bytes": "bytes",
     "flops": "FLOPs/token at {context} tokens",
     "kv_bytes": "KV bytes/token at {context} tokens",
+    "latency": "decoding step at {context} tokens",
+}
+_COLUMNS = {
+    "params": "parameters",
+    "bytes": "bytes",
+    "flops": "FLOPs/token",
+    "kv_bytes": "KV bytes/token",
+    "latency": "step",
 }
 
 
@@ -390,5 +445,7 @@ def _folded(sites: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for site in sites:
         kind = site["name"].rpartition(".")[2]
-        groups.setdefault((kind, *(site[metric] for metric in _UNITS)), []).append(site)
+        groups.setdefault(
+            (kind, *(site[metric] for metric in _UNITS if metric in site)), []
+        ).append(site)
     return list(groups.values())

@@ -152,7 +152,7 @@ def test_paths_are_looked_for_in_the_working_directory_too(
         ("space.budget.drop_sites=4", ["exactly one of", "space.budget={drop_sites: 4}"]),
         ("space.budget={}", ["exactly one of"]),
         ("space.budget={drop_blocks: 0}", ["space.budget.drop_blocks is 0", "greater than"]),
-        ("space.budget={keep_latency: 1}", ["unknown key 'space.budget.keep_latency'"]),
+        ("space.budget={keep_energy: 1}", ["unknown key 'space.budget.keep_energy'"]),
         ("calibration.select_tokens=100", ["select_tokens is 100", "window_tokens = 256"]),
         ("calibration.heldout_fraction=1", ["calibration.heldout_fraction is 1", "less than 1"]),
         ("objective.positions=0", ["objective.positions is 0", "greater than 0"]),

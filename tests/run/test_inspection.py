@@ -25,7 +25,8 @@ def test_everything_about_a_model(workplace: Path) -> None:
     assert [site["name"] for site in found["sites"]][:3] == [
         "decoder.0.attention", "decoder.0.ffn", "decoder.1.attention",
     ]  # fmt: skip
-    for metric in METRICS:
+    assert list(found["totals"]) == [metric for metric in METRICS if metric != "latency"]
+    for metric in found["totals"]:
         total = found["totals"][metric]
         assert sum(site[metric] for site in found["sites"]) == total["blocks"]
         assert total["blocks"] + total["outside_blocks"] == total["model"]

@@ -11,7 +11,8 @@ from depthsearch.space import Budget, CostTable, Mask, Site, SiteCosts
 
 SITES = tuple(Site(i, "decoder", i // 2, ("attention", "ffn")[i % 2]) for i in range(4))
 COSTS = SiteCosts(1000, (10, 30, 11, 29), (((0, 1), 5), ((2, 3), 6)))
-TABLE = CostTable({"params": COSTS, "kv_bytes": SiteCosts(0, (4, 0, 4, 0))})
+TIMES = SiteCosts(2_000_000, (1_000_000, 2_000_000, 1_000_000, 2_000_000))
+TABLE = CostTable({"params": COSTS, "kv_bytes": SiteCosts(0, (4, 0, 4, 0)), "latency": TIMES})
 
 
 def test_costs_count_shared_parts_until_the_last_sharer_goes() -> None:
@@ -24,8 +25,8 @@ def test_costs_count_shared_parts_until_the_last_sharer_goes() -> None:
 
 
 def test_an_unknown_metric_is_refused() -> None:
-    with pytest.raises(BudgetError, match="no costs are known for 'latency': expected one of"):
-        TABLE.cost("latency", Mask.dense(4))
+    with pytest.raises(BudgetError, match="no costs are known for 'energy': expected one of"):
+        TABLE.cost("energy", Mask.dense(4))
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,8 @@ def test_an_unknown_metric_is_refused() -> None:
             "params at most 50 % of the dense model's blocks",
         ),
         (Budget("params", cap=1050), 1050, "params at most 1,050"),
+        (Budget("latency", cap=12_500_000), 12_500_000, "latency at most 12.5 ms"),
+        (Budget("latency", ratio=0.75), 6_000_000, "latency at most 75 % of the dense model"),
         (Budget("kv_bytes", ratio=0.5), 4, "kv_bytes at most 50 % of the dense model"),
         (Budget("sites", drop=3), 1, "3 sites dropped"),
         (Budget("blocks", drop=1), 1, "1 blocks dropped"),
@@ -75,7 +78,7 @@ def test_a_ratio_is_otherwise_rounded_down() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"metric": "latency", "ratio": 0.5}, "unknown budget metric 'latency': expected one of"),
+        ({"metric": "energy", "ratio": 0.5}, "unknown budget metric 'energy': expected one of"),
         ({"metric": "params"}, "exactly one of a ratio or an absolute cap"),
         ({"metric": "params", "ratio": 0.5, "cap": 9}, "exactly one of a ratio or an absolute cap"),
         ({"metric": "params", "drop": 3}, "exactly one of a ratio or an absolute cap"),

@@ -58,9 +58,9 @@ _Loader.add_implicit_resolver(
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file, apply overrides such as `search.seed=3`, and validate the result.
 
-    Values of overrides are YAML. A `space` that is a path is read from that file; it, `model.path`
-    and the texts are looked for beside the run file, then in the working directory; a
-    model or text found in neither is left as it is: a hub id. Raises ConfigError.
+    Values of overrides are YAML. A `space` that is a path is read from that file; it, `model.path`,
+    `space.latency` and the texts are looked for beside the run file, then in the working directory;
+    a model or text found in neither is left as it is: a hub id. Raises ConfigError.
     """
     path = Path(path)
     data = _read_mapping(path, str(path))
@@ -173,6 +173,7 @@ def _place_paths(data: dict[str, Any], folder: Path) -> None:
     """Make the paths of what exists absolute, so that a run can be resumed from anywhere."""
     for section, key in (
         ("model", "path"),
+        ("space", "latency"),
         ("calibration", "text"),
         ("calibration", "fit_text"),
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -24,11 +24,13 @@ _UNITS: Mapping[str, Mapping[str, int]] = {
     "bytes": {f"{p}b": f for p, f in _DECIMAL.items()}
     | {f"{p}ib": 1024**n for n, p in enumerate("kmgt", start=1)},
     "flops": {f"{p}flop": f for p, f in _DECIMAL.items()},
+    "latency": {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9},
 }
 _UNIT_NAMES = {
     "params": "K, M or B, such as '100M'",
     "bytes": "B, kB, MB, GB, KiB, MiB or GiB, such as '180MB'",
     "flops": "FLOP, kFLOP, MFLOP, GFLOP or TFLOP (per token), such as '0.2GFLOP'",
+    "latency": "ns, us, ms or s, such as '12ms'",
 }
 _PROTECTED = re.compile(r"first|last|[a-z_]+\.[0-9]+(\.(attention|cross_attention|ffn))?")
 
@@ -61,13 +63,16 @@ Loss = Literal["kl", "cross_entropy", "angular", "norm", "js", "chrf"]
 
 
 def parse_amount(text: str, metric: str) -> int:
-    """An absolute cap such as "100M", "180MB", "200MiB" or "0.2GFLOP", in the metric's own unit.
+    """An absolute cap such as "100M", "180MB", "0.2GFLOP" or "12ms", in the metric's own unit.
 
-    Upper and lower case are one. Raises ValueError, naming the units of the metric.
+    That of latency is the nanosecond. Upper and lower case are one. Raises ValueError, naming the
+    units of the metric.
     """
     kind = "bytes" if metric == "kv_bytes" else metric
     match = _AMOUNT.fullmatch(text.strip())
-    unit = match[2].lower().removesuffix("s") if match else ""
+    unit = match[2].lower() if match else ""
+    if unit not in _UNITS[kind]:
+        unit = unit.removesuffix("s")
     if match is None or unit not in _UNITS[kind]:
         raise ValueError(f"a cap is a number with a unit: {_UNIT_NAMES[kind]}")
     amount = math.floor(float(match[1]) * _UNITS[kind][unit])
@@ -122,6 +127,9 @@ class BudgetConfig(_Section):
     """FLOPs per token to keep: a ratio in (0, 1], or a cap such as '0.2GFLOP'"""
     keep_kv_bytes: float | str | None = None
     """KV-cache bytes per token to keep: a ratio in (0, 1], or a cap such as '12kB'"""
+    keep_latency: float | str | None = None
+    """time of one decoding step to keep, by the table that space.latency names: a ratio in (0, 1],
+    or a cap such as '12ms'"""
     drop_sites: Count | None = None
     """number of sublayers to drop"""
     drop_blocks: Count | None = None
@@ -129,9 +137,11 @@ class BudgetConfig(_Section):
     of: Literal["model", "blocks"] = "model"
     """what a ratio refers to: the whole model, or its blocks without embeddings and head"""
     context_tokens: Count = 2048
-    """context length at which FLOPs per token are counted"""
+    """context length at which FLOPs per token are counted; that of space.latency, where given"""
 
-    @field_validator("keep_params", "keep_bytes", "keep_flops", "keep_kv_bytes", mode="before")
+    @field_validator(
+        "keep_params", "keep_bytes", "keep_flops", "keep_kv_bytes", "keep_latency", mode="before"
+    )
     @classmethod
     def _check_amount(cls, value: object, info: ValidationInfo) -> object:
         if value is None:
@@ -150,10 +160,10 @@ class BudgetConfig(_Section):
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if len(self._given()) != 1:
-            keys = "keep_params, keep_bytes, keep_flops, keep_kv_bytes, drop_sites, drop_blocks"
             raise ValueError(
-                f"a budget takes exactly one of {keys}; to exchange it, set the whole budget, "
-                "such as space.budget={drop_sites: 4}"
+                "a budget takes exactly one of keep_params, keep_bytes, keep_flops, keep_kv_bytes, "
+                "keep_latency, drop_sites, drop_blocks; to exchange it, set the whole budget, such "
+                "as space.budget={drop_sites: 4}"
             )
         return self
 
@@ -193,6 +203,15 @@ class BudgetConfig(_Section):
         }
 
 
+def _check_timed(budgets: Sequence[BudgetConfig], table: str | None) -> None:
+    """Raise ValueError where one of the budgets needs measured times and there are none."""
+    if table is None and any(budget.keep_latency is not None for budget in budgets):
+        raise ValueError(
+            "keep_latency needs measured times: set space.latency to a file that "
+            "`depthsearch latency MODEL --out FILE` wrote on the machine to serve on"
+        )
+
+
 class SpaceConfig(_Section):
     """Which sublayers may go, together or one by one, and the budget the rest must meet."""
 
@@ -202,8 +221,18 @@ class SpaceConfig(_Section):
     """keep only what re-pairs into ordinary blocks, so that the result needs no special code"""
     protect: tuple[str | int, ...] = ()
     """never dropped: first, last, a block number, or a site such as decoder.12.attention"""
+    latency: Annotated[str, Field(min_length=1)] | None = None
+    """times of this model's parts that keep_latency counts in: a file that `depthsearch latency`
+    wrote on the machine which is to serve the result; other machines may search"""
     budget: BudgetConfig
     """the budget, such as {keep_params: 0.75, of: blocks}"""
+
+    @field_validator("budget", mode="after")
+    @classmethod
+    def _check_budget(cls, budget: BudgetConfig, info: ValidationInfo) -> BudgetConfig:
+        if "latency" in info.data:
+            _check_timed([budget], info.data["latency"])
+        return budget
 
     @field_validator("protect", mode="before")
     @classmethod
@@ -534,7 +563,17 @@ class RunConfig(_Section):
                 "with second, space.budget and budgets are of one cost, and second of another: "
                 f"got {', '.join(sorted(first))} and {front.second[0].metric}"
             )
+        _check_timed((*front.budgets, *front.second), space.latency)
         return front
+
+    @field_validator("compare", mode="after")
+    @classmethod
+    def _check_compare(
+        cls, compare: CompareConfig | None, info: ValidationInfo
+    ) -> CompareConfig | None:
+        if compare is not None and info.data.get("space") is not None:
+            _check_timed(compare.budgets, info.data["space"].latency)
+        return compare
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON, defaults included."""

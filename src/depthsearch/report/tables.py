@@ -9,7 +9,7 @@ from typing import Any
 
 from depthsearch.report import wording
 from depthsearch.report.data import Point, RunData, flatten
-from depthsearch.space import METRICS, Evaluation, Mask, Site
+from depthsearch.space import METRICS, Evaluation, Mask, Site, cost_text
 
 _STATUS = {
     "ok": "judged on all search data",
@@ -65,7 +65,7 @@ def best_mask(run: RunData) -> Table | None:
         if costs.fixed:
             # Embeddings and head can't be dropped: what the blocks keep is the usual "sparsity".
             parts.append(f"{wording.share(cost - costs.fixed, costs.blocks)} of its blocks")
-        rows.append((title, f"{cost:,} ({', '.join(parts)})"))
+        rows.append((title, f"{cost_text(metric, cost)} ({', '.join(parts)})"))
     for other in (m for m in METRICS if m != metric and m in space.costs.metrics):
         cost, whole = space.costs.cost(other, mask), space.costs.total(other)
         part = wording.share(cost, whole)
@@ -168,7 +168,20 @@ def exported(data: Mapping[str, Any] | None) -> Table | None:
             cells.append(_figure(own, metric))
             cells.append(f"{own / base:.2f}×" if own is not None and base else wording.NONE)
         rows.append(tuple(cells))
-    return Table(tuple(columns), tuple(rows))
+    return Table(tuple(columns), (*rows, *_steps((data or {}).get("latency"))))
+
+
+def _steps(latency: Mapping[str, Any] | None) -> list[tuple[str, ...]]:
+    """The decoding step of a dense and an exported model, measured and as its table said."""
+    rows: list[tuple[str, ...]] = []
+    if not latency:
+        return rows
+    for how in ("measured", "predicted"):
+        times = {name: 1e6 * ms for name, ms in latency[f"{how}_ms"].items()}
+        title = f"Decoding step behind {latency['table']['context_tokens']:,} tokens, {how}"
+        cells = [wording.amount(times[name], "latency") for name in ("dense", "pruned")]
+        rows.append((title, *cells, f"{latency[f'{how}_ratio']:.2f}×"))
+    return rows
 
 
 def _figure(value: float | None, metric: str) -> str:

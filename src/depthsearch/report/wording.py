@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from depthsearch.space import KINDS, Kind, Mask, Site
+from depthsearch.space import KINDS, Kind, Mask, Site, cost_text
 
 MINUS = "−"
 NONE = "–"
@@ -21,6 +21,7 @@ _NAMES = {
     "bytes": "Bytes of weights",
     "flops": "FLOPs per token",
     "kv_bytes": "KV cache per token",
+    "latency": "Decoding step",
     "sites": "Sublayers",
     "blocks": "Blocks",
 }
@@ -41,7 +42,12 @@ def metric_name(metric: str, inside: bool = False) -> str:
 
 
 def amount(value: float, metric: str = "") -> str:
-    """A number with an SI prefix and, where it has one, its unit: "79.82 M", "18.43 kB", "46"."""
+    """A number with an SI prefix and, where it has one, its unit: "79.82 M", "18.43 kB", "46".
+
+    Latencies are nanoseconds and shown in milliseconds: "12.5 ms".
+    """
+    if metric == "latency":
+        return cost_text(metric, round(value)).replace(" ", SPACE)
     unit = {"bytes": "B", "kv_bytes": "B", "flops": "FLOP"}.get(metric, "")
     scaled, prefix = float(value), ""
     for step in ("k", "M", "G", "T"):

@@ -157,7 +157,7 @@ def _at(session: Session, budget: BudgetConfig) -> Session:
     return replace(
         session,
         config=session.config.model_copy(update={"space": space}),
-        space=make_space(space, session.loaded.model, session.anatomy),
+        space=make_space(space, session.loaded.model, session.anatomy, session.latency),
     )
 
 

@@ -29,6 +29,7 @@ from depthsearch.quality import (
 from depthsearch.run.directory import BEST, REPAIR, read_json, write_json
 from depthsearch.run.fits import fit_name
 from depthsearch.run.front import find_point
+from depthsearch.run.latency import beside_prediction
 from depthsearch.run.search import run_config, shareable_config
 from depthsearch.run.session import Session
 from depthsearch.space import Budget, Mask
@@ -36,6 +37,8 @@ from depthsearch.space import Budget, Mask
 EXPORT = "export.json"
 _CHECK_TOKENS = 24
 _PROMPT_TOKENS, _NEW_TOKENS = 256, 32
+_STEPS = 10
+"""Decoding steps for each turn of the speed measurement, where latency was a cost."""
 
 _CHECK_LOGITS = 1 << 24
 
@@ -81,6 +84,7 @@ def export_run(
             run / repair.get("file", REPAIR), session.anatomy, mask, repair["sha256"]
         )
     rows: list[dict[str, Any]] = []
+    latency: dict[str, Any] = {}
 
     def figures(directory: Path) -> tuple[Figure, ...]:
         if not measure:
@@ -98,7 +102,18 @@ def export_run(
                 on_stage=on_stage,
             )
         )
-        return card_figures(rows)
+        if session.latency is not None:
+            latency.update(
+                beside_prediction(
+                    session.latency,
+                    session.anatomy.sites,
+                    mask,
+                    {"dense": session.loaded.model, "pruned": small.model},
+                    _STEPS * repeats,
+                    on_stage,
+                )
+            )
+        return card_figures(rows, latency)
 
     data = CardData(
         origin=best["origin"],
@@ -135,6 +150,7 @@ def export_run(
         "signature": best["signature"],
         "repair": repair,
         "rows": rows,
+        "latency": latency or None,
     }
     write_json(run / summary_name, summary)
     return result, summary
@@ -278,9 +294,16 @@ MEASURES = (
 """What people want to see of a row, in order: a phrase and its key."""
 
 
-def card_figures(rows: list[dict[str, Any]]) -> tuple[Figure, ...]:
-    """The rows of a dense and a pruned model as the table of a model card."""
+def card_figures(
+    rows: list[dict[str, Any]], latency: Mapping[str, Any] | None = None
+) -> tuple[Figure, ...]:
+    """The rows of a dense and a pruned model as the table of a model card, `latency` with them."""
     dense, pruned = rows
     figures = [Figure(phrase, dense[key], pruned[key]) for phrase, key in MEASURES]
+    if latency:
+        step = f"decoding step behind {latency['table']['context_tokens']:,} tokens, ms"
+        for how in ("predicted", "measured"):
+            times = latency[f"{how}_ms"]
+            figures.append(Figure(f"{step}, {how}", times["dense"], times["pruned"]))
     protocol = f"{pruned['perplexity_protocol']}; {pruned['speed_protocol']}"
     return (*figures, Figure("protocol", protocol, "the same run"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from depthsearch import __version__
@@ -9,7 +10,7 @@ from depthsearch.model.anatomy import describe
 from depthsearch.model.costs import cost_table
 from depthsearch.model.load import load_model
 from depthsearch.model.selfcheck import self_check
-from depthsearch.space import METRICS
+from depthsearch.run.latency_table import read_latency
 
 
 def inspect_model(
@@ -19,12 +20,21 @@ def inspect_model(
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
+    latency: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Everything `depthsearch inspect` shows, as plain data; raises ModelError."""
+    """Everything `depthsearch inspect` shows, as plain data; raises ModelError.
+
+    `latency` is a table of this model; raises InputError for another file, BudgetError for one of
+    another context.
+    """
+    table = read_latency(latency)
     loaded = load_model(source, dtype, device, revision)
     anatomy = describe(loaded.model)
     check = self_check(loaded.model, anatomy)
     costs = cost_table(loaded.model, anatomy, context_tokens)
+    if table is not None:
+        table.check(loaded)
+        costs = table.added(costs, anatomy.sites, context_tokens)
     return {
         "version": __version__,
         "source": loaded.source,
@@ -44,10 +54,12 @@ def inspect_model(
                 "blocks": costs.of(metric).blocks,
                 "outside_blocks": costs.of(metric).fixed,
             }
-            for metric in METRICS
+            for metric in costs.metrics
         },
         "sites": [
-            {"name": site.name} | {metric: costs.of(metric).sites[site.index] for metric in METRICS}
+            {"name": site.name}
+            | {metric: costs.of(metric).sites[site.index] for metric in costs.metrics}
             for site in anatomy.sites
         ],
+        "latency": None if table is None else table.signature,
     }

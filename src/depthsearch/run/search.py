@@ -225,6 +225,8 @@ def shareable_config(session: Session) -> dict[str, Any]:
     config["calibration"]["text"] = session.documents_name
     if session.fit_other is not None:
         config["calibration"]["fit_text"] = text_name(session.fit_other.documents)
+    if session.latency is not None:
+        config["space"]["latency"] = session.latency.name
     if config["search"]["options"].get("storage") is not None:
         # Its URL may hold a password.
         config["search"]["options"]["storage"] = "(not recorded)"

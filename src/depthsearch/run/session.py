@@ -39,6 +39,7 @@ from depthsearch.model.streaming import StreamedModel
 from depthsearch.run import tasks
 from depthsearch.run.fits import fit_data, load_fit, text_name
 from depthsearch.run.front import with_front
+from depthsearch.run.latency_table import Latency, read_latency
 from depthsearch.run.loop import Outcome, Plan
 from depthsearch.run.replaying import searcher_options
 from depthsearch.run.workers import (
@@ -70,6 +71,7 @@ class Session:
     documents: Documents
     space: SearchSpace
     streamed: StreamedModel | None = None
+    latency: Latency | None = None
     workers: Workers = field(default_factory=Workers, repr=False, compare=False)
     pairs: Mapping[str, Pair] = field(default_factory=dict, repr=False)
     fit_other: Other | None = field(default=None, repr=False)
@@ -82,6 +84,7 @@ class Session:
         check_repair(config, config.search)
         check_gradients(config, config.search)
         tasks.check_task(config, config.search)
+        latency = read_latency(config.space.latency)
         threads = threads_of(config)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -93,11 +96,22 @@ class Session:
         else:
             loaded = open_model(config)
         documents, pairs = tasks.prompted(text, config.calibration, loaded.tokenizer)
+        if latency is not None:
+            latency.check(loaded)
         anatomy = describe(loaded.model)
-        space = with_front(make_space(config.space, loaded.model, anatomy), config.front)
+        space = with_front(make_space(config.space, loaded.model, anatomy, latency), config.front)
         check = self_check(loaded.model, anatomy) if streamed is None else streamed.check()
         return cls(
-            config, loaded, anatomy, check, documents, space, streamed, pairs=pairs, fit_other=other
+            config,
+            loaded,
+            anatomy,
+            check,
+            documents,
+            space,
+            streamed,
+            latency,
+            pairs=pairs,
+            fit_other=other,
         )
 
     def splits(self, seed: int, fit_tokens: int | None = None) -> Splits:
@@ -331,6 +345,7 @@ class Session:
                 f"replay by {self.check.mode}"
             ),
             **tasks.metric(self.config),
+            **({"latency": self.latency.signature} if self.latency is not None else {}),
             "seed": seed,
         }
 
@@ -389,16 +404,20 @@ def check_search(search: SearchConfig) -> None:
     check_options(search.method, search.options)
 
 
-def make_space(config: SpaceConfig, model: Any, anatomy: Anatomy) -> SearchSpace:
+def make_space(
+    config: SpaceConfig, model: Any, anatomy: Anatomy, latency: Latency | None = None
+) -> SearchSpace:
     """The search space of a loaded model; raises BudgetError or MaskError."""
     if config.packable and anatomy.stack.row.parallel and config.granularity != "block":
         raise MaskError(
             f"{anatomy.model_class} has parallel blocks, whose sublayers cannot be re-paired: set "
             "'granularity: block' to get masks that export natively"
         )
+    context = config.budget.context_tokens
+    costs = cost_table(model, anatomy, context)
     return SearchSpace(
         sites=anatomy.sites,
-        costs=cost_table(model, anatomy, config.budget.context_tokens),
+        costs=costs if latency is None else latency.added(costs, anatomy.sites, context),
         budget=Budget.from_json(config.budget.to_budget_json()),
         granularity=config.granularity,
         protected=protected_sites(config.protect, anatomy.sites),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from depthsearch.space.budget import Budget
-from depthsearch.space.cost import METRICS, CostTable, SiteCosts
+from depthsearch.space.cost import METRICS, CostTable, SiteCosts, cost_text
 from depthsearch.space.evaluation import (
     Batch,
     Evaluation,
@@ -49,6 +49,7 @@ __all__ = [
     "Stage",
     "Status",
     "budget_grid",
+    "cost_text",
     "front_limits",
     "front_metrics",
     "front_of",

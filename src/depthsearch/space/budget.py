@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from depthsearch.errors import BudgetError
-from depthsearch.space.cost import METRICS, CostTable, SiteCosts
+from depthsearch.space.cost import METRICS, CostTable, SiteCosts, cost_text
 from depthsearch.space.site import Site
 
-BudgetMetric = Literal["params", "bytes", "flops", "kv_bytes", "sites", "blocks"]
+BudgetMetric = Literal["params", "bytes", "flops", "kv_bytes", "latency", "sites", "blocks"]
 Scope = Literal["model", "blocks"]
 
 
@@ -19,10 +19,10 @@ Scope = Literal["model", "blocks"]
 class Budget:
     """Exactly one of `ratio` (of the dense figure), `cap` (absolute) or `drop` (a count).
 
-    `metric` is params, bytes, flops or kv_bytes with a ratio or a cap; sites or blocks with a
-    drop count. `of` says what a ratio refers to: the whole model's figure, or the figure of all
-    its blocks (embeddings, final norm and head left out, the field's usual "sparsity"). `also` is
-    a budget of another metric that must be met besides.
+    `metric` is params, bytes, flops, kv_bytes or latency with a ratio or a cap; sites or blocks
+    with a drop count. `of` says what a ratio refers to: the whole model's figure, or the figure of
+    all its blocks (embeddings, final norm and head left out, the field's usual "sparsity"). `also`
+    is a budget of another metric that must be met besides.
     """
 
     metric: BudgetMetric
@@ -100,7 +100,7 @@ class Budget:
         if self.drop is not None:
             return f"{self.drop} {self.metric} dropped"
         if self.cap is not None:
-            return f"{self.metric} at most {self.cap:,}"
+            return f"{self.metric} at most {cost_text(self.metric, self.cap)}"
         assert self.ratio is not None
         whole = "the dense model" if self.of == "model" else "the dense model's blocks"
         return f"{self.metric} at most {100 * self.ratio:g} % of {whole}"

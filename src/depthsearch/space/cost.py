@@ -9,7 +9,16 @@ from typing import Any
 from depthsearch.errors import BudgetError
 from depthsearch.space.mask import Mask
 
-METRICS = ("params", "bytes", "flops", "kv_bytes")
+METRICS = ("params", "bytes", "flops", "kv_bytes", "latency")
+"""What a budget may limit besides counts; latency only where it has been measured."""
+
+
+def cost_text(metric: str, cost: int) -> str:
+    """A cost for people, with its unit where the metric's name doesn't tell it: "12.5 ms"."""
+    if metric != "latency":
+        return f"{cost:,}"
+    ms = cost / 1e6
+    return f"{ms:.4g} ms" if ms < 1000 else f"{ms:,.0f} ms"
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,10 @@ class SiteCosts:
 
 @dataclass(frozen=True)
 class CostTable:
-    """`SiteCosts` for every metric: params, bytes, flops (a token), kv_bytes (a token)."""
+    """`SiteCosts` for every metric: params, bytes, flops (a token), kv_bytes (a token).
+
+    Where it has been measured also latency: nanoseconds of one decoding step.
+    """
 
     metrics: Mapping[str, SiteCosts]
 

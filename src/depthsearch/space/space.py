@@ -19,7 +19,7 @@ import numpy as np
 
 from depthsearch.errors import BudgetError, MaskError
 from depthsearch.space.budget import Budget
-from depthsearch.space.cost import CostTable
+from depthsearch.space.cost import CostTable, cost_text
 from depthsearch.space.limit import Limit, allows, below, cheapest, costs_of, excess, weights
 from depthsearch.space.mask import Mask
 from depthsearch.space.packing import is_packable
@@ -77,16 +77,18 @@ class SearchSpace:
         if not self.genes:
             raise MaskError("every site is protected: there is nothing to search")
         for limit, budget in zip(self.limits, self.budget.parts, strict=True):
-            least, dense = limit.cost(self.smallest()), limit.dense
+            least, whole = limit.cost(self.smallest()), limit.dense
             if least > limit.cap:
-                raise BudgetError(
-                    f"the budget cannot be met: {budget.text} allows {limit.cap:,}, but the "
-                    f"cheapest mask of this space costs {least:,} "
-                    f"({100 * least / dense:.1f} % of the dense model's {dense:,}); "
-                    "raise the budget or protect fewer sites"
+                allowed, costs, dense = (
+                    cost_text(budget.metric, cost) for cost in (limit.cap, least, whole)
                 )
-        allowed = {tuple((limit.metric, limit.cap) for limit in p.limits) for p in self.points}
-        if len(allowed) <= len(self.front):
+                raise BudgetError(
+                    f"the budget cannot be met: {budget.text} allows {allowed}, but the cheapest "
+                    f"mask of this space costs {costs} ({100 * least / whole:.1f} % of the dense "
+                    f"model's {dense}); raise the budget or protect fewer sites"
+                )
+        caps = {tuple((limit.metric, limit.cap) for limit in p.limits) for p in self.points}
+        if len(caps) <= len(self.front):
             raise BudgetError("two budgets of the front allow the same cost: leave one of them out")
 
     @cached_property
