@@ -24,7 +24,7 @@ from depthsearch.journal import read_journal, without_times
 
 COMMANDS = (
     "inspect", "search", "resume", "compare", "export", "evaluate", "report", "watch", "feed",
-    "overfit", "calibrate-check", "front",
+    "overfit", "calibrate-check", "front", "latency",
 )  # fmt: skip
 LONG = {"method": "evolution", "max_evaluations": 120, "finalists": 4}
 LONG_SETTINGS: dict[str, Any] = {

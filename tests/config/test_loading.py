@@ -237,6 +237,26 @@ def test_every_key_of_the_schema_explains_itself() -> None:
             assert field.get("description"), f"{name}.{key}"
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"space": {"budget": {"keep_latency": 0.75}}}, "space.budget"),
+        ({"compare": {"arms": {"a": {}}, "budgets": [{"keep_latency": 0.75}]}}, "compare"),
+        ({"search": {"method": "front"}, "front": {"budgets": [{"keep_latency": "9ms"}]}}, "front"),
+    ],
+)
+def test_a_latency_budget_needs_a_table(changes: dict[str, Any], key: str) -> None:
+    data: dict[str, Any] = {
+        "model": {"path": "m"},
+        "space": {"budget": {"keep_params": 0.75}},
+        "calibration": {"text": "t"},
+    } | changes
+    with pytest.raises(ConfigError, match=rf"{key} is .*; keep_latency needs .* `depthsearch lat"):
+        config_from_mapping(data)
+    data["space"]["latency"] = "table.json"
+    assert config_from_mapping(data).space.latency == "table.json"
+
+
 FRONT: dict[str, Any] = {
     "model": {"path": "m"},
     "space": {"budget": {"keep_params": 0.75, "of": "blocks", "context_tokens": 512}},

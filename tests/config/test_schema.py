@@ -26,6 +26,10 @@ SPACES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
         ("12kB", "kv_bytes", 12_000),
         ("3.5GFLOP", "flops", 3_500_000_000),
         ("2e2 MFLOPs", "flops", 200_000_000),
+        ("12ms", "latency", 12_000_000),
+        ("0.25 s", "latency", 250_000_000),
+        ("850us", "latency", 850_000),
+        ("40 NS", "latency", 40),
     ],
 )
 def test_caps_with_units(text: str, metric: str, amount: int) -> None:
@@ -44,6 +48,9 @@ def test_caps_with_units(text: str, metric: str, amount: int) -> None:
         ("", "bytes"),
         ("0.1B", "bytes"),
         ("1 2 MB", "bytes"),
+        ("12", "latency"),
+        ("12m", "latency"),
+        ("0.5ns", "latency"),
     ],
 )
 def test_caps_that_mean_nothing(text: str, metric: str) -> None:
@@ -59,6 +66,8 @@ def test_caps_that_mean_nothing(text: str, metric: str) -> None:
         (BudgetConfig(keep_bytes="180MB"), Budget("bytes", cap=180_000_000)),
         (BudgetConfig(keep_flops="0.2GFLOP"), Budget("flops", cap=200_000_000)),
         (BudgetConfig(keep_kv_bytes=0.6), Budget("kv_bytes", ratio=0.6)),
+        (BudgetConfig(keep_latency=0.75, of="blocks"), Budget("latency", ratio=0.75, of="blocks")),
+        (BudgetConfig(keep_latency="12.5 ms"), Budget("latency", cap=12_500_000)),
         (BudgetConfig(drop_sites=14), Budget("sites", drop=14)),
         (BudgetConfig(drop_blocks=7), Budget("blocks", drop=7)),
     ],

@@ -189,6 +189,23 @@ def test_reports_of_other_spaces(
     assert len(page.images) == 4
 
 
+def test_a_latency_budget_is_reported_in_milliseconds(
+    tmp_path: Path, write_run: WriteRun, space: SearchSpace
+) -> None:
+    sites = [8_875_000, 2_685_000] * 30
+    data = space.to_json()
+    data["costs"]["latency"] = {"fixed": 45_000_000, "sites": sites, "shared": []}
+    data["budget"] = {"metric": "latency", "ratio": 0.75, "cap": None, "drop": None, "of": "model"}
+    folder = write_run(tmp_path / "run", space=SearchSpace.from_json(data), generations=1)
+    text = run_report(folder)
+    demand_self_contained(text)
+    dense = 45 + 30 * (8.875 + 2.685)
+    assert f"{dense:.4g} ms (100.0 % of the dense model" in text
+    assert f"{0.75 * dense:.4g} ms (75.0 % of the dense model" in text
+    assert "Decoding step" in text
+    assert "391,800,000" not in text
+
+
 def test_reports_are_the_same_each_time(tmp_path: Path, write_run: WriteRun) -> None:
     folder = write_run(tmp_path / "run", generations=1)
     assert run_report(folder) == run_report(folder)

@@ -71,6 +71,8 @@ def test_families_without_a_style_get_different_ones() -> None:
         (219_500_000, "bytes", "219.5 MB"),
         (18_432, "kv_bytes", "18.43 kB"),
         (213_000_000, "flops", "213 MFLOP"),
+        (293_874_000, "latency", "293.9 ms"),
+        (2_100_000_000, "latency", "2,100 ms"),
         (46, "sites", "46"),
         (999, "bytes", "999 B"),
         (8_030_261_248, "params", "8.03 G"),
@@ -117,6 +119,38 @@ def test_exported_models_are_set_against_the_dense_one(comparison: dict[str, Any
     assert rows["Held-out perplexity"] == ("14.7", "35.6", "2.42×")
     assert rows["Decode, tokens/s"][2] == "1.27×"
     assert rows["Peak memory"][1:] == (wording.NONE, wording.NONE)
+
+
+def test_a_decoding_step_is_shown_as_measured_and_as_predicted(
+    comparison: dict[str, Any],
+) -> None:
+    latency = {
+        "table": {"context_tokens": 2048},
+        "measured_ms": {"dense": 546.25, "pruned": 403.7},
+        "predicted_ms": {"dense": 391.8, "pruned": 287.8},
+        "measured_ratio": 403.7 / 546.25,
+        "predicted_ratio": 287.8 / 391.8,
+    }
+    plain = tables.exported(comparison["export"])
+    table = tables.exported({**comparison["export"], "latency": latency})
+    assert plain is not None
+    assert table is not None
+    assert table.rows[:-2] == plain.rows
+    space = wording.SPACE
+    assert table.rows[-2:] == (
+        (
+            "Decoding step behind 2,048 tokens, measured",
+            f"546.2{space}ms",
+            f"403.7{space}ms",
+            "0.74×",
+        ),
+        (
+            "Decoding step behind 2,048 tokens, predicted",
+            f"391.8{space}ms",
+            f"287.8{space}ms",
+            "0.73×",
+        ),
+    )
 
 
 def test_the_summary_is_ordered_by_held_out_loss(comparison: dict[str, Any]) -> None:

@@ -275,5 +275,5 @@ def test_an_export_sets_the_prediction_beside_the_clock(finished: Path, tmp_path
 
 
 def test_the_table_is_found_beside_the_run_file(place: Path, finished: Path) -> None:
-    assert load_config(place / "changed.yaml").space.latency == str(place / "table.json")
+    assert config(place).space.latency == str(place / "table.json")
     assert load_config(finished / CONFIG).space.latency == str(place / "table.json")
