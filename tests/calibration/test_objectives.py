@@ -12,7 +12,7 @@ from torch import Tensor
 from depthsearch.calibration import objectives
 from depthsearch.calibration.chrf import CHRF_KIND
 from depthsearch.calibration.objectives import OBJECTIVES, CrossEntropy, KLDivergence
-from depthsearch.config.schema import Loss
+from depthsearch.config.searches import Loss
 from depthsearch.model.anatomy import describe
 from depthsearch.model.replay import Recording, Replayer
 from depthsearch.model.switches import masked

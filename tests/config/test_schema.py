@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from depthsearch.config import BudgetConfig, config_from_mapping, resolved_yaml
-from depthsearch.config.schema import ClusterConfig, ModelConfig, RacingConfig, parse_amount
+from depthsearch.config.budgets import parse_amount
+from depthsearch.config.schema import ClusterConfig, ModelConfig
+from depthsearch.config.searches import RacingConfig
 from depthsearch.errors import ConfigError
 from depthsearch.space import Budget
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from depthsearch.config.budgets import BudgetConfig, FrontConfig, SpaceConfig
 from depthsearch.config.loading import config_from_mapping, load_config, resolved_yaml
 from depthsearch.config.schema import (
-    BudgetConfig,
     CalibrationConfig,
-    CompareConfig,
-    FrontConfig,
     ModelConfig,
     ObjectiveConfig,
     RunConfig,
-    SearchConfig,
-    SpaceConfig,
     TrackingConfig,
 )
+from depthsearch.config.searches import CompareConfig, SearchConfig
 
 __all__ = [
     "BudgetConfig",

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from depthsearch.config.schema import RunConfig, SearchConfig
+from depthsearch.config.schema import RunConfig
+from depthsearch.config.searches import SearchConfig
 from depthsearch.errors import ConfigError
 
 _SHOWN_CHARACTERS = 80
