@@ -56,9 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    # As a person would: with this environment's commands, and with all threads.
-    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    # As a person would: with this environment's commands.
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         command,
         cwd=folder,
@@ -106,15 +105,15 @@ def test_the_python_example_runs(folder: Path) -> None:
 def test_the_quickstart_does_the_main_job(folder: Path) -> None:
     settings = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
     # Two cheap arms in the place of greedy's hundreds of masks.
-    arms = "{windows: {method: windows, finalists: 1}, evolution: {method: evolution}}"
+    arms = "{windows: {method: windows, finalists: 1}, surrogate: {method: surrogate}}"
     settings += ["--set", f"compare.arms={arms}", "--set", f"compare.cost_tokens={COST_TOKENS}"]
     out = folder / "quick"
     done = run([str(ROOT / "scripts" / "quickstart"), str(out), *settings], folder)
     assert f"Report:  {out}/report.html" in done.stdout
     assert "LlamaForCausalLM" in done.stdout
     result = json.loads((out / "compare.json").read_text())
-    assert {arm["name"] for arm in result["arms"]} == {"windows", "evolution"}
-    rows = json.loads((out / "arms" / "evolution-seed0" / "export.json").read_text())["rows"]
+    assert {arm["name"] for arm in result["arms"]} == {"windows", "surrogate"}
+    rows = json.loads((out / "arms" / "surrogate-seed0" / "export.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["dense", "pruned"]
     assert rows[1]["parameters"] < rows[0]["parameters"]
     assert (
@@ -133,7 +132,7 @@ def shrunk(source: Path, folder: Path) -> Path:
     config["compare"] = {
         "seeds": [0],
         "cost_tokens": COST_TOKENS,
-        "arms": {"windows": {"method": "windows"}, "evolution": {"method": "evolution"}},
+        "arms": {"windows": {"method": "windows"}, "surrogate": {"method": "surrogate"}},
     }
     for part, key in (("model", "path"), ("calibration", "text")):
         config[part][key] = config[part][key].removeprefix("../")

@@ -51,7 +51,7 @@ def test_defaults(write: Write) -> None:
     }
     assert config.calibration.select_tokens == 8192
     assert config.objective.kind == "kl"
-    assert config.search.method == "evolution"
+    assert config.search.method == "surrogate"
     assert config.compare is None
 
 

@@ -10,7 +10,7 @@ from landscapes import SPACES, Landscape, best_final, drive, proposals, toy, unr
 
 from depthsearch.searchers import build_searcher, cheap_baselines, is_baseline
 from depthsearch.searchers.evolution import Credit
-from depthsearch.space import Budget, Evaluation, Hints, Mask, SearchSpace, Status
+from depthsearch.space import Budget, Evaluation, Hints, Mask, SearchSpace, Stage, Status
 
 
 def evolve(
@@ -77,6 +77,7 @@ def test_starts_from_the_baselines_then_sweeps_then_completes() -> None:
     assert batches[0].rivals == ()
     assert [p.mask for p in batches[1].proposals] == [space.dense, *space.removals(space.dense)]
     assert batches[1].survivors == 61 // 4
+    assert batches[1].stages == (Stage(0.25, 61 // 4),)
     assert batches[1].rivals == ()
     origins = {p.origin for p in batches[2].proposals}
     assert any(is_baseline(origin) for origin in origins)

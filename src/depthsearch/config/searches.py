@@ -47,7 +47,7 @@ class RacingConfig(Section):
 class SearchConfig(Section):
     """Which searcher, from which seed, and how much it may spend."""
 
-    method: Annotated[str, Field(min_length=1)] = "evolution"
+    method: Annotated[str, Field(min_length=1)] = "surrogate"
     """name of the searcher"""
     seed: Annotated[Whole, Field(ge=0)] = 0
     """everything random follows from it"""

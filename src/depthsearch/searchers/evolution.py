@@ -22,11 +22,11 @@ from depthsearch.searchers.oneshot import (
     removal_masks,
     removal_sweep,
 )
-from depthsearch.searchers.options import at_least
+from depthsearch.searchers.options import at_least, within
 from depthsearch.searchers.random import FreshMasks
 from depthsearch.searchers.ranking import influence_keys
 from depthsearch.searchers.staged import Answers, Plan, best_masks
-from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
+from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Stage, Status
 
 TRIES_AN_OFFSPRING = 10
 _COMPLETED_WINDOWS = 2
@@ -39,8 +39,10 @@ class EvolutionOptions:
     """Size of the population, and what it starts from.
 
     `parents` masks survive a generation of `offspring`. `sweep` measures every single removal
-    first; `longest_gap` (sites, 0 for none) also measures gaps up to that length and starts from
-    what they add up to; `guided` makes moves prefer to drop what looks unimportant.
+    first, the three quarters that look dearest after `sweep_share` of the search text no further;
+    `longest_gap` (sites, 0 for none) also measures gaps up to that length and starts from what they
+    add up to, for which it takes the sweep on the whole text; `guided` makes moves prefer to drop
+    what looks unimportant.
     """
 
     parents: int = 4
@@ -48,9 +50,11 @@ class EvolutionOptions:
     sweep: bool = True
     guided: bool = True
     longest_gap: int = 0
+    sweep_share: float = 0.25
 
     def __post_init__(self) -> None:
         at_least(self, parents=1, offspring=1, longest_gap=0)
+        within(self, sweep_share=(0.0, 1.0))
 
 
 def evolution_plan(
@@ -101,9 +105,12 @@ def start_plan(
     elite.learn((yield elite.batch(seeds)))
     if options.sweep and not space.fits(space.dense):
         sweep = removal_sweep(space)
-        # The order matters most among the cheapest to lose; the others may be known roughly.
-        cheapest = max(options.parents, len(sweep.proposals) // 4)
-        answers = yield Batch(sweep.proposals, None if options.longest_gap else cheapest)
+        if not options.longest_gap:
+            # The order matters most among the cheapest to lose; the others may be known roughly.
+            cheapest = max(options.parents, len(sweep.proposals) // 4)
+            stage = Stage(options.sweep_share, cheapest)
+            sweep = Batch(sweep.proposals, cheapest, stages=(stage,))
+        answers = yield sweep
         elite.learn(answers)
         ranking = rank_removals(space, hints, answers)
         keys = ranking.keys
