@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import pytest
@@ -247,6 +247,28 @@ def test_racing_saves_and_can_be_switched_off(tmp_path: Path) -> None:
         for run in (raced, whole)
     }  # fmt: skip
     assert statuses == {"raced": {"ok", "eliminated"}, "whole": {"ok"}}
+
+
+@pytest.mark.parametrize(
+    ("method", "racing", "cut"),
+    [
+        ("evolution", Racing(), True),
+        ("evolution", False, False),
+        ("surrogate", False, False),
+        ("evopress", False, True),
+    ],
+)
+def test_without_races_only_a_search_that_is_defined_by_its_cuts_makes_them(
+    method: str, racing: Racing | Literal[False], cut: bool, tmp_path: Path
+) -> None:
+    search = Search(
+        tmp_path / "journal.jsonl", replace(PLANS[method], racing=racing), space=toy(12)
+    )
+    search.run()
+    records = read_journal(search.path)
+    assert any("stages" in record for record in records) == cut
+    told = [e for record in records if record["op"] == "tell" for e in record["evaluations"]]
+    assert any(e["status"] == "eliminated" for e in told) == cut
 
 
 def test_halving_stops_at_its_rungs_and_is_resumed(tmp_path: Path) -> None:

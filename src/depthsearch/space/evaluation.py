@@ -126,8 +126,9 @@ class Batch:
 
     `survivors` is how many of the best must be known at full fidelity (None: all of them), so that
     a race may stop the others early. `rivals` are masks already known at full fidelity which the
-    proposals must beat to be among those survivors. `stages`, by share, are cuts that are made in
-    any case, whatever the losses differ by (successive halving).
+    proposals must beat to be among those survivors. `stages`, by share, are cuts that are made
+    whatever the losses differ by (successive halving); where races are turned off, those of a batch
+    with `survivors` are turned off as well.
     """
 
     proposals: tuple[Proposal, ...]
