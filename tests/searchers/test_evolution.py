@@ -100,6 +100,19 @@ def test_rivals_are_the_best_complete_masks_and_never_eliminated() -> None:
                 complete[evaluation.mask] = evaluation.loss
 
 
+@pytest.mark.parametrize("method", ["evolution", "surrogate"])
+def test_the_better_half_of_a_screened_generation_goes_on(method: str) -> None:
+    space, landscape = toy(30), Landscape(60)
+    options: dict[str, object] = {"screen": 0.5, "offspring": 12}
+    searcher = build_searcher(method, space, landscape.hints(), np.random.default_rng(0), options)
+    record = drive(searcher, lambda p: landscape.evaluate(p.mask), limit=140)
+    generations = [batch for batch, _ in record[3:]]
+    assert generations
+    for batch in generations:
+        assert len(batch.proposals) == 12
+        assert batch.stages == (Stage(0.5, 6),)
+
+
 def test_sweep_can_be_left_out() -> None:
     record, _ = evolve(SPACES["sublayer"], Landscape(12), 60, {"sweep": False})
     assert all(p.final for batch, _ in record for p in batch.proposals)  # type: ignore[attr-defined]

@@ -42,7 +42,8 @@ class EvolutionOptions:
     first, the three quarters that look dearest after `sweep_share` of the search text no further;
     `longest_gap` (sites, 0 for none) also measures gaps up to that length and starts from what they
     add up to, for which it takes the sweep on the whole text; `guided` makes moves prefer to drop
-    what looks unimportant.
+    what looks unimportant. Of a generation the better half goes on after a share `screen` of the
+    search text (1: no such cut).
     """
 
     parents: int = 4
@@ -51,10 +52,11 @@ class EvolutionOptions:
     guided: bool = True
     longest_gap: int = 0
     sweep_share: float = 0.25
+    screen: float = 1.0
 
     def __post_init__(self) -> None:
         at_least(self, parents=1, offspring=1, longest_gap=0)
-        within(self, sweep_share=(0.0, 1.0))
+        within(self, sweep_share=(0.0, 1.0), screen=(0.0, 1.0))
 
 
 def evolution_plan(
@@ -84,7 +86,8 @@ def evolution_plan(
         born |= filled(rng, moves, credit, elite.masks, fresh, options.offspring, len(born))
         if not born:
             return
-        elite.learn((yield elite.batch([Proposal(m, f"evolution {o}") for m, o in born.items()])))
+        children = [Proposal(mask, f"evolution {origin}") for mask, origin in born.items()]
+        elite.learn((yield elite.batch(children, options.screen)))
         credit.update(born, elite.masks)
 
 
@@ -146,9 +149,11 @@ class Elite:
                 known[mask] = evaluation
         self._best = [known[m] for m in best_masks(tuple(known.values()), self._size)]
 
-    def batch(self, proposals: Sequence[Proposal]) -> Batch:
-        """A batch raced against these masks."""
-        return Batch(tuple(proposals), self._size, self.masks)
+    def batch(self, proposals: Sequence[Proposal], screen: float = 1.0) -> Batch:
+        """A batch raced against these masks; after `screen` of the text half of it goes on."""
+        half = max(self._size, (len(proposals) + 1) // 2)
+        stages = (Stage(screen, half),) if screen < 1 and half < len(proposals) else ()
+        return Batch(tuple(proposals), self._size, self.masks, stages)
 
 
 class Credit:

@@ -54,7 +54,7 @@ class SurrogateOptions(EvolutionOptions):
 
     `parents` masks survive a generation of `offspring`, most of which are the most promising of
     `candidates`; `optimism` is how many standard deviations below its mean a candidate is judged
-    (0: by its mean alone). `sweep`, `guided` and `longest_gap` are those of `evolution`.
+    (0: by its mean alone). The others are those of `evolution`.
     """
 
     candidates: int = 2000
@@ -97,7 +97,8 @@ def surrogate_plan(
         origins |= {mask: f"evolution {move}" for mask, move in plain.items()}
         if not born:
             return
-        answers = yield elite.batch([Proposal(m, origin) for m, origin in origins.items()])
+        children = [Proposal(mask, origin) for mask, origin in origins.items()]
+        answers = yield elite.batch(children, options.screen)
         measured.update(answers)
         elite.learn(answers)
         credit.update(born, elite.masks)
