@@ -52,7 +52,7 @@ class EvolutionOptions:
     guided: bool = True
     longest_gap: int = 0
     sweep_share: float = 0.25
-    screen: float = 1.0
+    screen: float = 0.25
 
     def __post_init__(self) -> None:
         at_least(self, parents=1, offspring=1, longest_gap=0)
