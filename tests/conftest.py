@@ -25,9 +25,16 @@ settings.load_profile("depthsearch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest files first, so that parallel workers end together."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Start the longest files first, so that parallel workers end together.
+
+    They are those with tests that run the real model or have a time limit of their own.
+    """
+    long = Counter(
+        item.path
+        for item in items
+        if item.get_closest_marker("slow") or item.get_closest_marker("timeout")
+    )
+    items.sort(key=lambda item: -long[item.path])
 
 
 @pytest.fixture(scope="session")
