@@ -271,6 +271,18 @@ def test_without_races_only_a_search_that_is_defined_by_its_cuts_makes_them(
     assert any(e["status"] == "eliminated" for e in told) == cut
 
 
+@pytest.mark.parametrize("method", ["evolution", "surrogate"])
+def test_halving_takes_the_place_of_the_cuts_that_a_raced_search_makes_itself(
+    method: str, tmp_path: Path
+) -> None:
+    plan = replace(PLANS[method], racing=Racing("halving"))
+    search = Search(tmp_path / "journal.jsonl", plan, space=toy(12))
+    search.run()
+    asks = [r for r in read_journal(search.path) if r["op"] == "ask" and "stages" in r]
+    assert asks
+    assert {stage["share"] for ask in asks for stage in ask["stages"]} == {0.5}
+
+
 def test_halving_stops_at_its_rungs_and_is_resumed(tmp_path: Path) -> None:
     """One ask of windows: ten sequences leave room for one rung, after half of the text."""
     plan = replace(PLANS["windows"], max_evaluations=None, racing=Racing("halving"))

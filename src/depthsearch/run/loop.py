@@ -205,14 +205,14 @@ class SearchLoop:
         return Batch(proposals, batch.survivors, batch.rivals, stages)
 
     def _stages(self, batch: Batch, count: int) -> tuple[Stage, ...]:
-        """The searcher's own cuts of `batch`, else those of the race, for that many masks.
+        """The cuts of the race for that many masks, else the searcher's own of `batch`.
 
         Without races a batch that may be raced isn't cut either; one that is only cut still is.
         """
         racing = self._plan.racing
         if not racing:
             return () if batch.survivors is not None else batch.stages
-        return batch.stages or racing.stages(count, batch.survivors, self._select.sequences)
+        return racing.stages(count, batch.survivors, self._select.sequences) or batch.stages
 
     def _planned(self, proposals: Sequence[Proposal], stages: Sequence[Stage]) -> float:
         """The most that evaluating these may cost, with what stages are sure to save."""
