@@ -1,22 +1,25 @@
 """What the Ray backend costs beside this process, with one worker of one thread each.
 
-    python benchmarks/overhead.py [--processes 8] [--rounds 4] [--batches 4] [--unit 0.5] [--out F]
+    python benchmarks/overhead.py [RUN.yaml] [--processes 8] [--rounds 4] [--batches 4] [--unit 0.5]
+        [--out F]
 
-The same masks on the same batches, as units of about `--unit` seconds, in turns through this
+On the model and the text of a run file, or on a small random llama, which is made for it. The same
+masks on the same batches, as units of about `--unit` seconds, in turns through this
 process and through a Ray worker on this machine; losses must be equal bit for bit. Once as a search
 does it, which knows the next batches: round by round. And once with every unit asked for only when
 the one before is done, so that nothing hides the way to the worker and back: unit by unit, together
 with how long that way is, which is the time that the worker did not spend on computing. Two
 processes that do the same work differ by several per cent for as long as they live, so a process
 without Ray, which is handed the same units through a pipe, takes its turns beside them, and all of
-this is done in new processes again and again; the figures are medians over them. Prints one JSON
-document; exits with 1 if losses differ.
+this is done in new processes again and again; the figures are medians over them, those with `_95`
+an interval of the median. Prints one JSON document; exits with 1 if losses differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -35,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from depthsearch.config import load_config
+from depthsearch.config import load_config, resolved_yaml
 from depthsearch.evaluation import Backend
 from depthsearch.run.session import Session
 from depthsearch.space import Mask
@@ -53,13 +56,13 @@ SIZES = {
 WAYS = ("as_a_search_asks", "one_unit_at_a_time")
 SHARE_KEPT = 0.75
 MOST_MASKS = 512
-TRIED = 64
 PIPED: dict[str, Backend] = {}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path, nargs="?")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--batches", type=int, default=4)
@@ -72,7 +75,7 @@ def main() -> None:
     for _ in range(chosen.processes):
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             parts.append(process.submit(measure, chosen).result())
-    result = together(parts) | {"processes": parts}
+    result = together(parts, chosen.config is not None) | {"processes": parts}
     text = json.dumps(result, indent=2)
     print(text)
     if chosen.out is not None:
@@ -81,9 +84,19 @@ def main() -> None:
         sys.exit(1)
 
 
-def together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def together(parts: Sequence[dict[str, Any]], given: bool) -> dict[str, Any]:
     """What all processes have in common, and the medians of the rest over them."""
     first = parts[0]
+    figures: dict[str, dict[str, Any]] = {}
+    for way in WAYS:
+        figures[way] = {}
+        for figure in first[way]:
+            if figure == "turn_seconds":
+                continue
+            values = sorted(part[way][figure] for part in parts)
+            figures[way][figure] = round(statistics.median(values), 2)
+            if figure.endswith("overhead_percent") or figure == "beside_pipe_percent":
+                figures[way][f"{figure}_95"] = median_interval(values)
     return {
         "benchmark": "overhead",
         "signature": first.pop("signature")
@@ -91,17 +104,22 @@ def together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "ray": version("ray"),
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         },
-        "sizes": SIZES,
+        **({} if given else {"sizes": SIZES}),
         "losses_equal": all(part.pop("losses_equal") for part in parts),
-        **{
-            way: {
-                figure: round(statistics.median(part[way][figure] for part in parts), 2)
-                for figure in first[way]
-                if figure != "turn_seconds"
-            }
-            for way in WAYS
-        },
+        **figures,
     }
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """At least 95 % of the median of which these, in order, are a sample; None for under six.
+
+    It lies between the k-th lowest and the k-th highest but for two binomial tails.
+    """
+    count = len(values)
+    tail, inside = 0.0, -1
+    while (tail := tail + math.comb(count, inside + 1) / 2**count) <= 0.025:
+        inside += 1
+    return None if inside < 0 else (values[inside], values[count - 1 - inside])
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +142,7 @@ def measured(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "search": {"max_evaluations": 10},
         "cluster": {"backend": "ray", "workers": 1, "threads": 1},
     }
-    path = write_workplace(scratch, SIZES, settings)
+    path = write_config(scratch, chosen.config, settings)
     session = Session.open(load_config(path))
     stack = ExitStack()
     try:
@@ -137,9 +155,7 @@ def measured(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "ray": session.backend(windows, 0),
         }
         masks = offspring(len(session.space.sites), MOST_MASKS)
-        # The first time includes the dense pass that records the batch.
-        tries = [timed(here, masks[:TRIED], [0])[0] for _ in range(4)]
-        count = min(MOST_MASKS, max(1, round(TRIED * chosen.unit / min(tries))))
+        count = unit_masks(here, masks, chosen.unit)
         cluster = session.workers.cluster
         assert cluster is not None
         batches = range(chosen.batches)
@@ -162,6 +178,33 @@ def measured(chosen: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "losses_equal": all(part.pop("equal") for part in found.values()),
         **found,
     }
+
+
+def write_config(scratch: Path, given: Path | None, settings: dict[str, dict[str, Any]]) -> Path:
+    """A run file with these settings: on the model of a given one, or on a random one."""
+    if given is None:
+        return write_workplace(scratch, SIZES, settings)
+    overrides = [
+        f"{section}.{key}={value}"
+        for section in settings
+        for key, value in settings[section].items()
+    ]
+    path = scratch / "run.yaml"
+    path.write_text(resolved_yaml(load_config(given, overrides)), encoding="utf-8")
+    return path
+
+
+def unit_masks(here: Backend, masks: Sequence[Mask], unit: float) -> int:
+    """How many masks take about `unit` seconds on one batch; at least one."""
+    # The first time includes the dense pass that records the batch.
+    timed(here, masks[:1], [0])
+    count = 1
+    while count < len(masks):
+        took = min(timed(here, masks[:count], [0])[0] for _ in range(3))
+        if took > unit / 2:
+            return max(1, round(count * unit / took))
+        count *= 2
+    return count
 
 
 class Piped:
