@@ -232,6 +232,73 @@ class TestDivergence:
         self.refused(search, "another '(ask|finals|end)' record")
 
 
+@pytest.mark.parametrize("method", ["surrogate", "random", "mcts", "beam", "greedy"])
+@pytest.mark.parametrize("patience", [1, 7, 30])
+def test_patience_ends_a_search_that_finds_nothing_better(
+    method: str, patience: int, tmp_path: Path
+) -> None:
+    plan = Plan(method, seed=5, max_evaluations=150, ask=5, finalists=3)
+    long = Search(tmp_path / "long.jsonl", plan)
+    long.run()
+    short = Search(tmp_path / "short.jsonl", replace(plan, patience=patience))
+    outcome = short.run()
+    steps, ended = asks_until(long, patience)
+    assert (outcome.reason == "patience") == ended
+    assert sum(record["op"] == "ask" for record in read_journal(short.path)) == steps
+    expected = journal_of(short)
+    assert short.run() == outcome
+    assert journal_of(short) == expected
+
+
+def asks_until(search: Search, patience: int) -> tuple[int, bool]:
+    """After how many asks of a search so many final masks in a row were no better; and whether."""
+    final: set[str] = set()
+    best: float | None = None
+    vain = asks = 0
+    for record in read_journal(search.path):
+        if record["op"] == "ask":
+            final |= {p["mask"] for p in record["proposals"] if p["final"]}
+        elif record["op"] == "tell":
+            asks += 1
+            for e in record["evaluations"]:
+                if e["mask"] not in final:
+                    continue
+                if e["status"] == "ok" and (best is None or e["loss"] < best):
+                    best, vain = e["loss"], 0
+                elif best is not None:
+                    vain += 1
+            if vain >= patience:
+                return asks, True
+    return asks, False
+
+
+def test_patience_counts_what_is_better_at_any_budget(tmp_path: Path) -> None:
+    space = toy(10)
+    front = replace(space, front=(Budget("params", 0.9), Budget("params", 0.6)))
+    for patience in (1, 20):
+        plan = Plan("front", seed=5, max_evaluations=150, ask=4, patience=patience)
+        search = Search(tmp_path / f"{patience}.jsonl", plan, space=front)
+        assert search.run().reason == "patience"
+        best: dict[Budget, float] = {}
+        vain = 0
+        tells = [r for r in read_journal(search.path) if r["op"] == "tell"]
+        for record in tells:
+            assert vain < patience
+            for e in map(Evaluation.from_json, record["evaluations"]):
+                met = [at for at in front.points if at.fits(e.mask)]
+                if not met or not front.meets(e.mask):
+                    continue
+                better = [
+                    at.budget
+                    for at in met
+                    if e.status is Status.OK and e.loss is not None
+                    and e.loss < best.get(at.budget, float("inf"))
+                ]  # fmt: skip
+                best |= dict.fromkeys(better, e.loss or 0.0)
+                vain = 0 if better or len(best) < 3 else vain + 1
+        assert vain >= patience
+
+
 def test_racing_saves_and_can_be_switched_off(tmp_path: Path) -> None:
     plan = replace(PLANS["windows"], max_evaluations=None)
     raced = Search(tmp_path / "raced.jsonl", plan, space=toy(12))

@@ -55,6 +55,8 @@ class SearchConfig(Section):
     """budget in dense-equivalent tokens: one is a token through the whole dense model"""
     max_evaluations: Count | None = None
     """budget in candidates judged"""
+    patience: Count | None = None
+    """end when so many candidates on budget in a row were judged without one that is better"""
     finalists: Count = 8
     """candidates ranked again on fresh text at the end"""
     score: Loss | None = None

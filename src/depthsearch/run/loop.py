@@ -39,7 +39,8 @@ _MOST_FAILURES = 100
 class Plan:
     """What to search with: method, options, seed, limits on cost, and finalists to re-rank.
 
-    `cost_tokens` bounds everything: hints, search and finals. `ask` bounds the masks of one ask.
+    `cost_tokens` bounds everything: hints, search and finals. After `patience` masks on budget in a
+    row that were no better than what was known the search ends. `ask` bounds the masks of one ask.
     So many of the best `baselines` are among the finalists, whatever their rank.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     seed: int = 0
     cost_tokens: float | None = None
     max_evaluations: int | None = None
+    patience: int | None = None
     finalists: int = 8
     racing: Racing | Literal[False] = field(default_factory=Racing)
     ask: int | None = None
@@ -112,6 +114,8 @@ class SearchLoop:
         self._spent = 0.0
         self._freed = 0.0
         self._failures = 0
+        self._best: dict[int, float] = {}
+        self._vain = 0
 
     def run(self, start: Mapping[str, Any]) -> Outcome:
         """Search; `start` is the first record.
@@ -143,6 +147,9 @@ class SearchLoop:
             number += 1
             if self._only_failures(evaluations):
                 reason = "failures"
+                break
+            if self._in_vain(batch.proposals):
+                reason = "patience"
                 break
         if shared is not None:
             reason = leave(shared, self._ledger, reason)
@@ -308,6 +315,23 @@ class SearchLoop:
             f"the last {self._failures} masks all failed ({evaluations[-1].status}): check the "
             "model's dtype and memory, then start a new run"
         )
+
+    def _in_vain(self, proposals: Sequence[Proposal]) -> bool:
+        """Whether as many masks in a row as patience allows were best at no budget.
+
+        It is looked at behind every ask, and begins when a mask is known at each budget.
+        """
+        for proposal in proposals:
+            if not proposal.final:
+                continue
+            evaluation, better = self._known[proposal.mask], False
+            if evaluation.status is Status.OK and evaluation.loss is not None:
+                for place in self._contest.places(proposal.mask):
+                    if evaluation.loss < self._best.get(place, math.inf):
+                        self._best[place], better = evaluation.loss, True
+            begun = len(self._best) == len(self._space.points)
+            self._vain = 0 if better or not begun else self._vain + 1
+        return self._plan.patience is not None and self._vain >= self._plan.patience
 
     def _choose(self, reason: str) -> Outcome:
         """Re-rank the finalists on fresh data; a challenger must beat the best baseline there."""

@@ -85,6 +85,10 @@ class Contest:
         """The masks that don't exceed the cap of a point."""
         return [mask for mask, fits in self._fits.items() if fits[place]]
 
+    def places(self, mask: Mask) -> list[int]:
+        """The points whose cap a mask that was taken in does not exceed."""
+        return [place for place, fits in enumerate(self._fits[mask]) if fits]
+
     def finalists(
         self,
         known: Mapping[Mask, Evaluation],

@@ -290,6 +290,7 @@ class Session:
             seed=search.seed,
             cost_tokens=search.cost_tokens,
             max_evaluations=search.max_evaluations,
+            patience=search.patience,
             finalists=search.finalists,
             racing=bool(search.racing) and Racing(**search.racing.model_dump()),
             ask=search.batch,
