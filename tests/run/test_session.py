@@ -145,7 +145,8 @@ class TestSplits:
     def test_the_plan_is_the_search_section(self, workplace: Path, session: Session) -> None:
         search = {
             "method": "greedy", "seed": 7, "cost_tokens": 5e4, "max_evaluations": 9,
-            "finalists": 2, "racing": False, "batch": 3, "options": {"rule": "plain"},
+            "patience": 40, "finalists": 2, "racing": False, "batch": 3,
+            "options": {"rule": "plain"},
         }  # fmt: skip
         changed = replace(session, config=workplace_config(workplace, search=search))
         plan = vars(changed.plan())
