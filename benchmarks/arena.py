@@ -29,6 +29,7 @@ MODELS: Mapping[str, tuple[str, Sequence[str]]] = {
         ("keep_params=0.875", "keep_params=0.75", "keep_params=0.625", "keep_kv_bytes=0.6"),
     ),
     "gemma3": (".data/gemma3-270m/gemma-3-270m-q4_k_m.gguf", ("keep_params=0.75",)),
+    "qwen2": (".data/qwen2-500m/qwen2.5-coder-0.5b-instruct.gguf", ("keep_params=0.75",)),
 }
 REFERENCE = "evopress"
 SUMMED = (

@@ -132,4 +132,5 @@ def test_a_wrong_name_is_one_line_and_exit_code_2() -> None:
     result = subprocess.run([SCRIPT, "smolm"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == ("fetch: unknown: smolm; choose from smollm2, wiki, gemma3, wesnoth\n")
+    expected = "fetch: unknown: smolm; choose from smollm2, wiki, gemma3, qwen2, wesnoth\n"
+    assert result.stderr == expected
