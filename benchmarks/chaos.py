@@ -209,7 +209,10 @@ class Chaos:
         if victim is None or driver.exit is not None:
             return
         kill = Kill(what, round(time.monotonic() - driver.began, 1), len(read(out)))
-        victim()
+        try:
+            victim()
+        except psutil.NoSuchProcess:
+            return  # A worker of a driver killed before; it has just gone by itself.
         run.kills.append(kill)
         if what in ("driver", "raylet", "gcs"):
             driver.wait()

@@ -12,7 +12,8 @@ from depthsearch.journal import read_journal
 from depthsearch.run.calibration_masks import mask_set, run_masks
 from depthsearch.run.directory import JOURNAL
 from depthsearch.run.search import search
-from depthsearch.run.session import Session, make_space
+from depthsearch.run.session import Session
+from depthsearch.run.spaces import make_space
 from depthsearch.searchers.baselines import influence_baselines, is_baseline
 from depthsearch.space import Evaluation, Hints, Proposal, SearchSpace
 

@@ -36,7 +36,8 @@ from depthsearch.run.directory import (
 from depthsearch.run.heldout import Heldout, Measured, OnHeldout, measure
 from depthsearch.run.loop import OnProgress
 from depthsearch.run.search import Finish, resume, search
-from depthsearch.run.session import Session, check_search, make_space, opened
+from depthsearch.run.session import Session, check_search, opened
+from depthsearch.run.spaces import make_space
 from depthsearch.run.standing import NOTHING, measured_entry, ranks_of, section
 from depthsearch.run.tasks import check_task
 from depthsearch.run.verdict import ONE_SEED, overall

@@ -19,13 +19,12 @@ from depthsearch.calibration.parallel import Pair
 from depthsearch.calibration.tasks import Task
 from depthsearch.calibration.text import Documents
 from depthsearch.calibration.windows import Other, Splits, make_splits
-from depthsearch.config import RunConfig, SearchConfig, SpaceConfig
-from depthsearch.errors import MaskError, RunDirectoryError
+from depthsearch.config import RunConfig, SearchConfig
+from depthsearch.errors import RunDirectoryError
 from depthsearch.evaluation import Backend, InProcess, Racing, Refitted, Streamed, Written
 from depthsearch.evaluation.refitted import repairing
 from depthsearch.evaluation.turns import Repair
 from depthsearch.model.anatomy import Anatomy, describe
-from depthsearch.model.costs import cost_table
 from depthsearch.model.load import (
     LoadedModel,
     checkpoint_folder,
@@ -42,6 +41,7 @@ from depthsearch.run.front import with_front
 from depthsearch.run.latency_table import Latency, read_latency
 from depthsearch.run.loop import Outcome, Plan
 from depthsearch.run.replaying import searcher_options
+from depthsearch.run.spaces import make_space
 from depthsearch.run.workers import (
     Workers,
     check_cluster,
@@ -54,7 +54,7 @@ from depthsearch.run.workers import (
 )
 from depthsearch.searchers import check_options
 from depthsearch.sources import is_path
-from depthsearch.space import Budget, Mask, SearchSpace, Site, mask_from_names
+from depthsearch.space import Mask, SearchSpace
 
 if TYPE_CHECKING:
     from depthsearch.evaluation.ray_metrics import Metrics
@@ -403,45 +403,6 @@ def opened(config: RunConfig, session: Session | None) -> Iterator[Session]:
 def check_search(search: SearchConfig) -> None:
     """Refuse an unknown method or option before anything slow starts; raises ConfigError."""
     check_options(search.method, search.options)
-
-
-def make_space(
-    config: SpaceConfig, model: Any, anatomy: Anatomy, latency: Latency | None = None
-) -> SearchSpace:
-    """The search space of a loaded model; raises BudgetError or MaskError."""
-    if config.packable and anatomy.stack.row.parallel and config.granularity != "block":
-        raise MaskError(
-            f"{anatomy.model_class} has parallel blocks, whose sublayers cannot be re-paired: set "
-            "'granularity: block' to get masks that export natively"
-        )
-    context = config.budget.context_tokens
-    costs = cost_table(model, anatomy, context)
-    return SearchSpace(
-        sites=anatomy.sites,
-        costs=costs if latency is None else latency.added(costs, anatomy.sites, context),
-        budget=Budget.from_json(config.budget.to_budget_json()),
-        granularity=config.granularity,
-        protected=protected_sites(config.protect, anatomy.sites),
-        packable=config.packable,
-    )
-
-
-def protected_sites(entries: Sequence[str | int], sites: Sequence[Site]) -> frozenset[int]:
-    """Site indices named by `first`, `last`, a block number, or a site or block name.
-
-    Raises MaskError for one that the model does not have.
-    """
-    found: set[int] = set()
-    last = max(site.block for site in sites)
-    for entry in entries:
-        if isinstance(entry, str) and entry not in ("first", "last"):
-            found.update(mask_from_names(sites, [entry]).dropped)
-            continue
-        block = {"first": 0, "last": last}.get(str(entry), entry)
-        if not isinstance(block, int) or not 0 <= block <= last:
-            raise MaskError(f"the model has no block {entry} to protect: its last is {last}")
-        found.update(site.index for site in sites if site.block == block)
-    return frozenset(found)
 
 
 def best_json(
