@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -74,6 +75,7 @@ def test_starts_from_the_baselines_then_sweeps_then_completes() -> None:
         p.mask for p in cheap_baselines(space, landscape.hints())
     ]
     assert batches[0].survivors == 4
+    assert batches[0].stages == (Stage(0.25, math.ceil(len(batches[0].proposals) / 4)),)
     assert batches[0].rivals == ()
     assert [p.mask for p in batches[1].proposals] == [space.dense, *space.removals(space.dense)]
     assert batches[1].survivors == 61 // 4
@@ -98,6 +100,16 @@ def test_rivals_are_the_best_complete_masks_and_never_eliminated() -> None:
             if evaluation.status is Status.OK and proposal.final:
                 assert evaluation.loss is not None
                 complete[evaluation.mask] = evaluation.loss
+
+
+@pytest.mark.parametrize("method", ["evolution", "surrogate"])
+def test_a_start_share_of_one_judges_every_baseline_on_the_whole_text(method: str) -> None:
+    space, landscape = toy(30), Landscape(60)
+    options: dict[str, object] = {"start_share": 1.0}
+    searcher = build_searcher(method, space, landscape.hints(), np.random.default_rng(0), options)
+    (first, _), (sweep, _) = drive(searcher, lambda p: landscape.evaluate(p.mask), limit=100)[:2]
+    assert first.stages == ()
+    assert sweep.stages == (Stage(1.0, 15),)
 
 
 @pytest.mark.parametrize("method", ["evolution", "surrogate"])

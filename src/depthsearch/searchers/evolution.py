@@ -39,11 +39,12 @@ class EvolutionOptions:
     """Size of the population, and what it starts from.
 
     `parents` masks survive a generation of `offspring`. `sweep` measures every single removal
-    first, the three quarters that look dearest after `sweep_share` of the search text no further;
-    `longest_gap` (sites, 0 for none) also measures gaps up to that length and starts from what they
-    add up to, for which it takes the sweep on the whole text; `guided` makes moves prefer to drop
-    what looks unimportant. Of a generation the better half goes on after a share `screen` of the
-    search text (1: no such cut).
+    first. Of the baselines and of these removals the three quarters that look worst after
+    `start_share` of the search text are measured no further (1: no such cut). `longest_gap` (sites,
+    0 for none) also measures gaps up to that length and starts from what they add up to, for which
+    it takes the sweep on the whole text; `guided` makes moves prefer to drop what looks
+    unimportant. Of a generation the better half goes on after a share `screen` of the search text
+    (1: no such cut).
     """
 
     parents: int = 4
@@ -51,12 +52,12 @@ class EvolutionOptions:
     sweep: bool = True
     guided: bool = True
     longest_gap: int = 0
-    sweep_share: float = 0.25
+    start_share: float = 0.25
     screen: float = 0.25
 
     def __post_init__(self) -> None:
         at_least(self, parents=1, offspring=1, longest_gap=0)
-        within(self, sweep_share=(0.0, 1.0), screen=(0.0, 1.0))
+        within(self, start_share=(0.0, 1.0), screen=(0.0, 1.0))
 
 
 def evolution_plan(
@@ -105,13 +106,13 @@ def start_plan(
     """Baselines, a sweep of single removals and what it suggests, gaps added up; `elite` learns."""
     keys = influence_keys(space, hints)
     seeds = cheap_baselines(space, hints)
-    elite.learn((yield elite.batch(seeds)))
+    elite.learn((yield elite.batch(seeds, options.start_share, one_of=4)))
     if options.sweep and not space.fits(space.dense):
         sweep = removal_sweep(space)
         if not options.longest_gap:
             # The order matters most among the cheapest to lose; the others may be known roughly.
             cheapest = max(options.parents, len(sweep.proposals) // 4)
-            stage = Stage(options.sweep_share, cheapest)
+            stage = Stage(options.start_share, cheapest)
             sweep = Batch(sweep.proposals, cheapest, stages=(stage,))
         answers = yield sweep
         elite.learn(answers)
@@ -149,10 +150,10 @@ class Elite:
                 known[mask] = evaluation
         self._best = [known[m] for m in best_masks(tuple(known.values()), self._size)]
 
-    def batch(self, proposals: Sequence[Proposal], screen: float = 1.0) -> Batch:
-        """A batch raced against these masks; after `screen` of the text half of it goes on."""
-        half = max(self._size, (len(proposals) + 1) // 2)
-        stages = (Stage(screen, half),) if screen < 1 and half < len(proposals) else ()
+    def batch(self, proposals: Sequence[Proposal], screen: float = 1.0, one_of: int = 2) -> Batch:
+        """A batch raced against these masks; after `screen` of the text one of `one_of` goes on."""
+        best = max(self._size, -(-len(proposals) // one_of))
+        stages = (Stage(screen, best),) if screen < 1 and best < len(proposals) else ()
         return Batch(tuple(proposals), self._size, self.masks, stages)
 
 
