@@ -16,7 +16,12 @@ from torch import Tensor
 from depthsearch.model.repair import Patch, Projection
 
 RIDGES = (0.03, 0.1, 0.3, 1.0)
-"""Strengths tried on held-back tokens, relative to the mean of the Gram matrix' diagonal."""
+"""Strengths tried on held-back tokens, relative to the mean of the Gram matrix' diagonal.
+
+Up to 10 the held-back tokens often choose more than 1, projection by projection, and the model is
+worse in the end: held-out KL 0.569 in place of 0.551, and 0.558 with 0.3 as the largest
+(SmolLM2-135M, 75 % of the block parameters, sequential repair on 32,768 tokens, one mask and seed).
+"""
 
 RANK = 64
 """How many directions of the stream a repair of low rank may change."""
