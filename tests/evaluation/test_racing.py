@@ -253,6 +253,15 @@ def test_a_stage_at_the_end_cuts_nobody_short() -> None:
     assert all(e.status is Status.OK for e in found)
 
 
+def test_a_safe_mask_goes_on_in_the_place_of_a_better_one() -> None:
+    backend = table([0.0, 1.0, 2.0, 3.0, 4.0], 0.01)
+    masks = names(5)
+    found, _ = evaluate(backend, masks, stages=(Stage(0.25, 2),), safe=masks[4:])
+    assert complete(found) == [masks[0], masks[4]]
+    found, _ = evaluate(backend, masks, stages=(Stage(0.25, 1),), safe=masks[3:])
+    assert complete(found) == masks[3:]
+
+
 def test_failures_are_no_survivors_of_a_stage() -> None:
     backend = table([0.0, 1.0, 2.0], 0.01)
     first, second, third = names(3)

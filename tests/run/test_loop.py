@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -419,6 +420,36 @@ def test_finalists_are_the_best_and_the_best_baseline(tmp_path: Path) -> None:
         assert fresh[outcome.best.key] <= min(fresh[mask] for mask in finals["baselines"])
         assert outcome.finals.loss == fresh[outcome.best.key]
         assert outcome.finals.losses != outcome.search.losses
+
+
+def test_finalists_are_thinned_out_on_fresh_text(tmp_path: Path) -> None:
+    plan = replace(PLANS["random"], finalists=40, max_evaluations=60)
+    hardly = Racing(error_rate=1e-9)
+    for racing, judged in ((hardly, {4: 20, 6: 10, 10: 10}), (False, {10: 40})):
+        search = Search(tmp_path / f"{racing}.jsonl", replace(plan, racing=racing), space=toy(12))
+        outcome = search.run()
+        found = finals_of(search.path)
+        assert Counter(len(e.losses) for e in found) == judged
+        complete = [e for e in found if e.status is Status.OK]
+        assert {len(e.losses) for e in complete} == {10}
+        assert outcome.finals == min(complete, key=lambda e: e.order)
+
+
+def test_the_best_mask_and_the_best_baseline_are_judged_on_all_fresh_text(tmp_path: Path) -> None:
+    plan = replace(PLANS["evolution"], finalists=20, max_evaluations=300)
+    search = Search(tmp_path / "journal.jsonl", plan, space=toy(12))
+    outcome = search.run()
+    found = finals_of(search.path)
+    complete = [e.mask for e in found if e.status is Status.OK]
+    assert outcome.baseline is not None
+    safe = {found[0].mask, outcome.baseline}
+    assert safe <= set(complete)
+    assert len(complete) == len(safe) + 4 < len(found)
+
+
+def finals_of(journal: Path) -> list[Evaluation]:
+    record = next(r for r in read_journal(journal) if r["op"] == "finals")
+    return [Evaluation.from_json(e) for e in record["evaluations"]]
 
 
 def test_progress_is_a_fraction_that_ends_at_one(tmp_path: Path) -> None:

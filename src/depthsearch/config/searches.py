@@ -19,6 +19,10 @@ Repair = Literal["none", "table", "gap", "sequential"]
 Finish = Literal["none", "gap", "sequential"]
 Loss = Literal["kl", "cross_entropy", "angular", "norm", "js", "chrf"]
 
+_FINALISTS = 16
+_DEAR_FINALISTS = 8
+"""Where each is fitted on far more text than it is judged on, or every budget has its own."""
+
 
 def _mapped(value: object) -> object:
     """Let `racing: true` and `false` stand for the default race and for none."""
@@ -57,8 +61,9 @@ class SearchConfig(Section):
     """budget in candidates judged"""
     patience: Count | None = None
     """end when so many candidates on budget in a row were judged without one that is better"""
-    finalists: Count = 8
-    """candidates ranked again on fresh text at the end"""
+    finalists: Count | None = None
+    """candidates ranked again on fresh text at the end; left out: 16, or 8 where each
+    is repaired or there are several budgets"""
     score: Loss | None = None
     """what masks are compared by in the search, as in objective.kind, which still ranks the
     finalists; left out: the same"""
@@ -75,6 +80,12 @@ class SearchConfig(Section):
     """the same for the finalists and the result; left out: as in the search, gap for table"""
     options: dict[str, Any] = Field(default_factory=dict)
     """settings of the searcher itself"""
+
+    def finalists_of(self, budgets: int = 1) -> int:
+        """How many finalists each of so many budgets has."""
+        if self.finalists is not None:
+            return self.finalists
+        return _FINALISTS if self.finished == "none" and budgets == 1 else _DEAR_FINALISTS
 
     @property
     def finished(self) -> Finish:

@@ -7,7 +7,7 @@ the best so far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
@@ -64,6 +64,7 @@ def evaluate(
     survivors: int | None = None,
     rivals: Sequence[Evaluation] = (),
     stages: Sequence[Stage] = (),
+    safe: Collection[Mask] = (),
     error_rate: float = ERROR_RATE,
     on_unit: OnUnit | None = None,
 ) -> tuple[list[Evaluation], float]:
@@ -72,8 +73,8 @@ def evaluate(
     With `survivors` set, candidates that cannot be among that many best of masks and rivals are
     eliminated early: over the whole race one that is falls with a probability of about `error_rate`
     at most, where the sequences are in random order. Each of `stages` eliminates all but its best,
-    once its share of the text is done. `on_unit(batches done, batches, cost_tokens so far)` follows
-    each unit.
+    once its share of the text is done; those of `safe` always count among these.
+    `on_unit(batches done, batches, cost_tokens so far)` follows each unit.
     """
     losses: list[list[float]] = [[] for _ in masks]
     statuses = [Status.OK] * len(masks)
@@ -97,8 +98,9 @@ def evaluate(
             active = [i for i in active if statuses[i] is Status.OK]
         done = sum(backend.sequences[: batch + 1]) / sum(backend.sequences)
         while cuts and cuts[0].share <= done and batch + 1 < total:
-            best = sorted(active, key=lambda i: (fmean(losses[i]), masks[i].key))
-            for i in best[cuts.pop(0).survivors :]:
+            cut = [i for i in active if masks[i] not in safe]
+            cut.sort(key=lambda i: (fmean(losses[i]), masks[i].key))
+            for i in cut[max(0, cuts.pop(0).survivors - (len(active) - len(cut))) :]:
                 statuses[i] = Status.ELIMINATED
             active = [i for i in active if statuses[i] is Status.OK]
         if on_unit is not None:

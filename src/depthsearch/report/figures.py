@@ -235,9 +235,9 @@ def finals_picture(run: RunData) -> Picture:
                 if fresh.mask in run.baselines
                 else "#aa3377"
             )
-            ends += _error_bar(
-                axis, fresh, y - 0.13, color, "s" if fresh.mask in run.baselines else "o"
-            )
+            marker = "s" if fresh.mask in run.baselines else "o"
+            hollow = fresh.status is Status.ELIMINATED
+            ends += _error_bar(axis, fresh, y - 0.13, color, marker, hollow)
         labels = [
             wording.shorten(run.origin(e.mask), 40) + (" · chosen" if e.mask == run.best else "")
             for e in finalists
@@ -262,9 +262,12 @@ def finals_picture(run: RunData) -> Picture:
             Line2D([], [], linestyle="", marker="s", color=ACCENT, label="on fresh data, baseline"),
             Line2D([], [], linestyle="", marker="o", color=INK, label="on fresh data, chosen"),
         ]
+        if any(e.status is Status.ELIMINATED for e in finalists):
+            handles.append(_handle("on part of the fresh data", "#aa3377", "o"))
+            handles[-1].set_markerfacecolor("none")
         if run.score != run.objective:
             del handles[0]
-        figure.legend(handles=handles, loc="outside lower center", ncol=4)
+        figure.legend(handles=handles, loc="outside lower center", ncol=min(len(handles), 4))
         return picture(
             figure, f"Losses of {len(finalists)} finalists on search data and on fresh data."
         )

@@ -33,6 +33,8 @@ from depthsearch.space import (
 
 _MOST_FAILURES = 100
 """Failed evaluations in a row after which a search gives up."""
+_FEWEST_FINALISTS = 4
+"""So many at least, besides those that are safe, are judged on all of the fresh text."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Plan:
     cost_tokens: float | None = None
     max_evaluations: int | None = None
     patience: int | None = None
-    finalists: int = 8
+    finalists: int = 16
     racing: Racing | Literal[False] = field(default_factory=Racing)
     ask: int | None = None
     baselines: int = 1
@@ -200,11 +202,12 @@ class SearchLoop:
             proposals = proposals[: max(0, plan.max_evaluations - len(self._known))]
         if plan.cost_tokens is not None:
             left = plan.cost_tokens - self._spent - self._reserve()
+            masks = [proposal.mask for proposal in proposals]
             low, high = 0, len(proposals)
             while low < high:
                 middle = (low + high + 1) // 2
                 stages = self._stages(batch, middle)
-                fits = self._planned(proposals[:middle], stages) <= left
+                fits = planned(self._select, masks[:middle], stages) <= left
                 low, high = (middle, high) if fits else (low, middle - 1)
             small = self._contest.masks and 4 * low < len(proposals)
             proposals = proposals[: 0 if small else low]
@@ -221,24 +224,6 @@ class SearchLoop:
             return () if batch.survivors is not None else batch.stages
         return racing.stages(count, batch.survivors, self._select.sequences) or batch.stages
 
-    def _planned(self, proposals: Sequence[Proposal], stages: Sequence[Stage]) -> float:
-        """The most that evaluating these may cost, with what stages are sure to save."""
-        masks = [proposal.mask for proposal in proposals]
-        whole = self._select.plan(masks)
-        if not stages or not masks:
-            return whole
-        # A survivor alone shares nothing: what each would cost then bounds what all of them do.
-        alone = max(self._select.plan([mask]) for mask in masks)
-        batches = self._select.sequences
-        cost, rate, done = 0.0, whole, 0
-        cuts = list(stages)
-        for count in batches:
-            cost += rate * count / sum(batches)
-            done += count
-            while cuts and cuts[0].share * sum(batches) <= done:
-                rate = min(rate, cuts.pop(0).survivors * alone)
-        return cost
-
     def _reserve(self) -> float:
         """What the finals would cost with the finalists known by now.
 
@@ -246,7 +231,25 @@ class SearchLoop:
         limit.
         """
         least = 2 * len(self._space.points) * self._finals.plan([self._space.dense])
-        return self._finals.preparation + max(least, self._finals.plan(self._finalists().masks))
+        finalists = self._finalists()
+        cost = self._finals_cost(finalists.masks, finalists.needed)
+        return self._finals.preparation + max(least, cost)
+
+    def _finals_cost(self, masks: Sequence[Mask], needed: int) -> float:
+        """The most that judging these finalists may cost."""
+        return planned(self._finals, masks, self._final_stages(len(masks), needed))
+
+    def _final_stages(self, count: int, needed: int) -> tuple[Stage, ...]:
+        """The cuts of so many finalists on fresh text, the first `needed` of whom are safe.
+
+        The better half goes on after a quarter of it, and half of these after half of it. Without
+        races nobody is cut, nor where several budgets are asked for, whose masks don't compete.
+        """
+        if not self._plan.racing or self._space.front:
+            return ()
+        least = needed + _FEWEST_FINALISTS
+        shares = {1 / 4: max(least, -(-count // 2)), 1 / 2: max(least, -(-count // 4))}
+        return tuple(Stage(share, left) for share, left in shares.items() if left < count)
 
     def _finalists(self) -> Finalists:
         """The masks to re-rank, the best and the best baselines first, and all baselines."""
@@ -339,7 +342,8 @@ class SearchLoop:
         masks, baselines = finalists.masks, finalists.baselines
         if self._plan.cost_tokens is not None:
             left = self._plan.cost_tokens - self._spent - self._finals.preparation
-            while len(masks) > max(2, finalists.needed) and self._finals.plan(masks) > left:
+            least = max(2, finalists.needed)
+            while len(masks) > least and self._finals_cost(masks, finalists.needed) > left:
                 masks.pop()
         if not any(self._known[mask].status is Status.OK for mask in contest.at(contest.own)):
             raise NothingFoundError(
@@ -351,6 +355,8 @@ class SearchLoop:
             evaluations, cost = evaluate(
                 self._finals,
                 masks,
+                stages=self._final_stages(len(masks), finalists.needed),
+                safe=masks[: finalists.needed],
                 on_unit=lambda done, total, cost: self._report(
                     "finals", self._spent + cost, done / total, ()
                 ),
@@ -431,6 +437,24 @@ def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend)
             f"model, a mask and the final ranking: give at least {least:,.0f}, or lower "
             "calibration.select_tokens and calibration.finals_tokens"
         )
+
+
+def planned(backend: Backend, masks: Sequence[Mask], stages: Sequence[Stage] = ()) -> float:
+    """The most that evaluating these may cost, with what `stages` are sure to save."""
+    whole = backend.plan(masks)
+    if not stages or not masks:
+        return whole
+    # A survivor alone shares nothing: what each would cost then bounds what all of them do.
+    alone = max(backend.plan([mask]) for mask in masks)
+    batches = backend.sequences
+    cost, rate, done = 0.0, whole, 0
+    cuts = list(stages)
+    for count in batches:
+        cost += rate * count / sum(batches)
+        done += count
+        while cuts and cuts[0].share * sum(batches) <= done:
+            rate = min(rate, cuts.pop(0).survivors * alone)
+    return cost
 
 
 def choose(finals: Sequence[Evaluation], baselines: Sequence[Mask]) -> Evaluation:

@@ -284,6 +284,7 @@ class Session:
     def plan(self) -> Plan:
         """The search part of the configuration."""
         search = self.config.search
+        finalists = search.finalists_of(len(self.space.points))
         return Plan(
             method=search.method,
             options=searcher_options(search),
@@ -291,11 +292,11 @@ class Session:
             cost_tokens=search.cost_tokens,
             max_evaluations=search.max_evaluations,
             patience=search.patience,
-            finalists=search.finalists,
+            finalists=finalists,
             racing=bool(search.racing) and Racing(**search.racing.model_dump()),
             ask=search.batch,
             # The lowest by the score needn't be lowest by the objective, so several are ranked.
-            baselines=1 if self._one_loss else max(1, search.finalists // 2),
+            baselines=1 if self._one_loss else max(1, min(4, finalists // 2)),
         )
 
     @cached_property
