@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,26 @@ def test_what_cannot_be_repaired_is_refused_before_anything_is_created(
     with pytest.raises(ConfigError, match=r"search\.repair"):
         search(configured(workplace, model=streamed), out)
     assert not out.exists()
+
+
+def test_a_limit_too_low_for_the_fits_of_the_finalists_is_refused_and_that_asked_for_is_kept(
+    session: Session, workplace: Path, tmp_path: Path
+) -> None:
+    def run(limit: float, name: str) -> float:
+        changes = {"max_evaluations": None, "cost_tokens": limit, "method": "windows"}
+        config = configured(
+            workplace,
+            search=SEARCH | changes,
+            calibration={"fit_tokens": 128, "finals_fit_tokens": 2048},
+        )
+        found = search(config, tmp_path / name, session=replace(session, config=config))
+        return found.cost_tokens
+
+    with pytest.raises(ConfigError, match="too little") as refused:
+        run(100.0, "refused")
+    asked = re.search(r"at least ([\d,]+)", str(refused.value))
+    assert asked is not None
+    least = float(asked[1].replace(",", ""))
+    with pytest.raises(ConfigError, match="too little"):
+        run(least - 1, "refused")
+    assert run(least + 1, "kept") <= least + 1

@@ -118,6 +118,7 @@ class SearchLoop:
         self._failures = 0
         self._best: dict[int, float] = {}
         self._vain = 0
+        self._least = _two_finalists(space, finals)
 
     def run(self, start: Mapping[str, Any]) -> Outcome:
         """Search; `start` is the first record.
@@ -227,13 +228,11 @@ class SearchLoop:
     def _reserve(self) -> float:
         """What the finals would cost with the finalists known by now.
 
-        At least two dense models' worth a budget, since two masks are compared there whatever the
-        limit.
+        At least two masks' worth a budget, since so many are compared there whatever the limit.
         """
-        least = 2 * len(self._space.points) * self._finals.plan([self._space.dense])
         finalists = self._finalists()
         cost = self._finals_cost(finalists.masks, finalists.needed)
-        return self._finals.preparation + max(least, cost)
+        return self._finals.preparation + max(self._least, cost)
 
     def _finals_cost(self, masks: Sequence[Mask], needed: int) -> float:
         """The most that judging these finalists may cost."""
@@ -430,13 +429,23 @@ def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend)
     if needs_sensitivity(plan.method):
         # Twice forwards, and backwards with its attentions twice.
         least += 4 * select.plan(dense)
-    least += finals.preparation + 2 * len(space.points) * finals.plan(dense)
+    least += finals.preparation + _two_finalists(space, finals)
     if plan.cost_tokens < least:
         raise ConfigError(
             f"search.cost_tokens is {plan.cost_tokens:,.0f}, too little for one pass of the dense "
             f"model, a mask and the final ranking: give at least {least:,.0f}, or lower "
             "calibration.select_tokens and calibration.finals_tokens"
         )
+
+
+def _two_finalists(space: SearchSpace, finals: Backend) -> float:
+    """What two finalists a budget cost at least, in `cost_tokens`.
+
+    Where masks are repaired the first window may cost many times what the dense model does, which
+    has no gap to refit behind.
+    """
+    masks = (space.dense, *space.windows()[:1])
+    return 2 * len(space.points) * max(finals.plan([mask]) for mask in masks)
 
 
 def planned(backend: Backend, masks: Sequence[Mask], stages: Sequence[Stage] = ()) -> float:
