@@ -1,7 +1,7 @@
 """Does each method find the optimum of a small space of a real model whose masks are all known?
 
     scripts/tabulate TABLE
-    python benchmarks/optimum.py benchmarks/smollm2-16-sites.yaml TABLE [--evaluations 400]
+    python benchmarks/optimum.py benchmarks/smollm2-16-sites.yaml TABLE [--evaluations 200]
 
 TABLE is the run of the method `exhaustive`, which evaluates every mask on budget. Each method then
 searches the same space, with several seeds and at most `--evaluations` masks, and is answered
@@ -34,7 +34,7 @@ from depthsearch.run.session import Session
 from depthsearch.space import Evaluation, Hints, Mask, Sensitivity, Status
 
 ARMS: Mapping[str, tuple[str, Mapping[str, object]]] = {
-    "random": ("random", {"count": 100_000}),
+    "random": ("random", {}),
     "fixed": ("fixed", {}),
     "windows": ("windows", {}),
     "angular_window": ("angular_window", {}),
@@ -45,7 +45,7 @@ ARMS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "additive": ("additive", {}),
     "greedy": ("greedy", {}),
     "greedy, exchange": ("greedy", {"exchange": 8}),
-    "beam": ("beam", {}),
+    "beam, width 2": ("beam", {"width": 2}),
     "evopress": ("evopress", {"screen": 1 / 3, "generations": 100}),
     "evolution": ("evolution", {}),
     "surrogate": ("surrogate", {}),
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("table", type=Path)
-    parser.add_argument("--evaluations", type=int, default=400)
+    parser.add_argument("--evaluations", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--out", type=Path)
