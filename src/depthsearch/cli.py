@@ -190,7 +190,9 @@ def export(
             point=point,
             budget=budget,
         )
-    lines: list[Any] = [figures_table(summary["rows"])] if measure else []
+    lines: list[Any] = [figures_table(summary["rows"])] if summary["rows"] else []
+    if result.unmeasured is not None:
+        lines.append(f"Not measured: {result.unmeasured}")
     lines += [prediction_text(summary["latency"])] if summary["latency"] else []
     if result.verification is not None:
         lines.append(f"Equal to the masked model: {result.verification.text}")

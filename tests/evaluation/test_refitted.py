@@ -13,7 +13,8 @@ from depthsearch.calibration.objectives import OBJECTIVES
 from depthsearch.errors import DataError, UnsupportedModelError
 from depthsearch.evaluation import Refitted
 from depthsearch.evaluation.refitting import RefitWalk
-from depthsearch.evaluation.turns import Repair
+from depthsearch.evaluation.turns import Repair, steps_of
+from depthsearch.model.anatomy import describe
 from depthsearch.model.families import FAMILIES
 from depthsearch.model.operators import OPERATORS, RIDGES, token_weights
 from depthsearch.model.repair import patched, projection_of
@@ -100,14 +101,31 @@ def test_behind_a_norm_the_error_left_on_other_text_is_what_the_normal_equations
     family: str, spread: bool
 ) -> None:
     model = tiny_model(family)
-    judge = tiny_backend(model=model)
-    replayer = judge.replayer
-    norm = replayer.anatomy.block_list(model)[1].post_feedforward_layernorm
+    norm = describe(model).block_list(model)[1].post_feedforward_layernorm
     if spread:
         sizes = 0.3 * torch.randn(64, generator=torch.Generator().manual_seed(0)).exp()
         norm.weight.copy_(sizes - (0 if family == "olmo2" else 1))
+    claimed, left = error_left(model)
+    assert left < 0.95
+    assert left == pytest.approx(claimed, abs=0.03)
+
+
+@pytest.mark.parametrize("factor", [0.22, 0.5])
+def test_the_error_left_is_what_the_normal_equations_say_whatever_scales_the_output(
+    factor: float,
+) -> None:
+    claimed, left = error_left(tiny_model("granite", residual_multiplier=factor))
+    assert left < 0.97
+    assert left == pytest.approx(claimed, abs=0.03)
+
+
+def error_left(model: torch.nn.Module) -> tuple[float, float]:
+    """The share of the error behind a gap that a repair claims to leave, and leaves, elsewhere."""
+    judge = tiny_backend(model=model)
+    replayer = judge.replayer
     patch = Refitted(judge, tiny_ids(200, 12, seed=7), "gap").repair(keeping("11 11 00 11"))[0]
     assert patch.site == 3
+    assert patch.left is not None
     recording = replayer.record(tiny_ids(100, 12, seed=8))
     states = replayer.states(recording)
     weights = token_weights(states[4])
@@ -118,9 +136,7 @@ def test_behind_a_norm_the_error_left_on_other_text_is_what_the_normal_equations
 
     cut = error()
     with patched(model, replayer.anatomy, [patch]):
-        left = error() / cut
-    assert left < 0.95
-    assert left == pytest.approx(patch.left, abs=0.03)
+        return patch.left, error() / cut
 
 
 def test_the_dense_model_and_its_prefix_need_no_repair() -> None:
@@ -150,11 +166,40 @@ def test_gaps_that_end_elsewhere_share_one_gram_matrix_and_nothing_follows_the_l
     assert walk.tally.normals == [0, 0, 1, 0, 0, 0, 0, 0]
     assert walk.tally.factors == [0, 0, len(RIDGES) + 2, 0, 0, 0, 0, 0]
     assert walk.tally.solves == [0, 0, 2, 0, 0, 0, 0, 0]
-    assert walk.tally.fit == [0] * SITES
+    assert walk.tally.fit == [0, 0, 1, 0, 0, 0, 0, 0]
     walk = RefitWalk(steps, "gap", None, None)
     walk.run([keeping("10 11 10 11")], (), lambda *_: None)
-    assert walk.tally.fit == [1, 0, 1, 1, 0, 0, 0, 0]
+    assert walk.tally.fit == [2, 0, 1, 1, 1, 0, 0, 0]
     assert walk.tally.judged == [1, 0, 1, 1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("repair", KINDS)
+def test_the_pass_for_a_fit_counts_every_sublayer_that_it_runs(repair: Repair) -> None:
+    backend, judge = refitted("cohere", repair)
+    blocks = judge.replayer.anatomy.block_list(judge.replayer.model)
+    run = [0] * SITES
+
+    def counted(site: int) -> Any:
+        def hook(_: Any, inputs: tuple[Any, ...], further: dict[str, Any]) -> None:
+            run[site] += (inputs[0] if inputs else further["hidden_states"]).shape[:2].numel()
+
+        return hook
+
+    for place, block in enumerate(blocks):
+        for site, part in ((2 * place, block.self_attn), (2 * place + 1, block.mlp)):
+            part.register_forward_pre_hook(counted(site), with_kwargs=True)
+    mask = keeping("11 00 11 01")
+    backend.run(0, [mask])  # Records the dense streams.
+    before = list(run)
+    walk = RefitWalk(steps_of(SITES, 2), repair, None, None)
+    walk.run([mask], (), lambda *_: None)
+    backend.run(0, [mask])
+    judged = sum(judge.recording(b).ids.numel() for b in range(len(judge.sequences)))
+    tally = walk.tally
+    expected = [
+        tally.fit[site] * FIT.numel() + tally.judged[site] * judged for site in range(SITES)
+    ]
+    assert [after - b for after, b in zip(run, before, strict=True)] == expected
 
 
 def test_a_repair_is_dearer_than_none_by_what_it_fits() -> None:

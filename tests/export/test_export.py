@@ -15,7 +15,7 @@ from tests.tiny_models import keeping, save_tiny, tiny_ids, tiny_loaded, tiny_to
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from depthsearch.errors import ExportError, MaskError, StorageError
+from depthsearch.errors import ExportError, MaskError, ModelError, StorageError
 from depthsearch.evaluation import Refitted
 from depthsearch.export import CardData, Figure, export
 from depthsearch.model.anatomy import describe
@@ -257,6 +257,21 @@ def test_a_refused_write_is_one_storage_error_and_leaves_nothing(tmp_path: Path)
     assert str(tmp_path / "small") in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_cannot_be_measured_is_kept_and_says_so(tmp_path: Path) -> None:
+    loaded, anatomy = tiny_loaded("llama")
+
+    def measure(_: Path) -> tuple[Figure, ...]:
+        raise ModelError("the memory of the dense model can't be measured")
+
+    result = export(
+        loaded, anatomy, keeping(PACKABLE), tmp_path / "small", check=False, measure=measure
+    )
+
+    assert result.unmeasured == "the memory of the dense model can't be measured"
+    assert (result.path / "model.safetensors").is_file()
+    assert (result.path / "depthsearch.json").is_file()
 
 
 def test_figures_measured_on_the_checked_checkpoint_reach_its_card(tmp_path: Path) -> None:

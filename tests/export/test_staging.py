@@ -81,6 +81,31 @@ def test_a_failed_replacement_keeps_the_old_export(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_an_interrupted_replacement_puts_the_old_export_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "small"
+    with staged(out) as directory:
+        (directory / MANIFEST).write_text("old", encoding="utf-8")
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if ".tmp-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    def write() -> None:
+        with staged(out, overwrite=True) as directory:
+            (directory / MANIFEST).write_text("new", encoding="utf-8")
+            monkeypatch.setattr(Path, "rename", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+
+    assert (out / MANIFEST).read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_setting_aside_never_removes_what_is_not_a_failed_export(tmp_path: Path) -> None:
     (tmp_path / "small.failed").mkdir()
     (tmp_path / "small.failed" / "thesis.txt").write_text("x", encoding="utf-8")

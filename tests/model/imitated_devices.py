@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from depthsearch.calibration.objectives import KLDivergence
-from depthsearch.evaluation import InProcess
+from depthsearch.evaluation import InProcess, Refitted, Rescaled
 from depthsearch.model.anatomy import describe
 from depthsearch.model.placement import Placement, place
 from depthsearch.model.replay import Replayer
@@ -29,6 +29,7 @@ from depthsearch.model.switches import masked
 A, B, C = (torch.device("privateuseone", index) for index in range(3))
 LAYOUTS = {"one": (A, A, A, A), "two": (A, A, B, B), "three": (B, C, C, A)}
 MASK = keeping("11 01 10 00")
+REPAIRS = ("sequential", "table", "rescaled")
 
 
 class Imitated(Tensor):
@@ -99,6 +100,7 @@ def figures(family: str, blocks: tuple[torch.device, ...]) -> dict[str, Any]:
         windows = tiny_ids(5, 12)
         backend = InProcess(model, anatomy, windows, KLDivergence(), mode=mode, batch_tokens=24)
         unit, hints = backend.run(0, assorted_masks(8)), backend.hints()[0]
+        repaired = {repair: after(repair, backend) for repair in REPAIRS}
         replayer = Replayer(model, anatomy)
         recording = replayer.record(windows.to(A))
         devices.moves.clear()
@@ -112,11 +114,27 @@ def figures(family: str, blocks: tuple[torch.device, ...]) -> dict[str, Any]:
         "losses": unit.losses,
         "statuses": list(map(str, unit.statuses)),
         "cosine": hints.to_json(),
+        "repaired": repaired,
         "logits": logits.values_here.tolist(),
         "at": [str(hidden.device), str(logits.device)],
         "same": same,
         "moves": moves,
     }
+
+
+def after(repair: str, judge: InProcess) -> list[Any]:
+    """Losses after a repair, whose gaps lie within a device and across two."""
+    fit, masks = tiny_ids(20, 12, seed=7), [keeping("11 11 00 11"), keeping("11 00 10 11")]
+    if repair == "rescaled":
+        rescaled = Rescaled(judge, fit)
+        return [[float(p.weight.norm()) for p in rescaled.repair(mask)] for mask in masks]
+    if repair == "table":
+        settings = {"mode": judge.mode, "batch_tokens": 24, "fit": fit}
+        model, anatomy = judge.replayer.model, judge.replayer.anatomy
+        backend: Any = InProcess(model, anatomy, tiny_ids(5, 12), KLDivergence(), **settings)
+    else:
+        backend = Refitted(judge, fit, "sequential")
+    return list(backend.run(0, masks).losses)
 
 
 if __name__ == "__main__":

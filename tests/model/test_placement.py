@@ -169,7 +169,7 @@ def test_several_devices_change_no_bit_and_only_hidden_states_move(family: str) 
     for found in figures.values():
         assert found["same"], "replay differs from the masked forward pass"
         assert found["at"] == [home, home]
-        for name in ("mode", "losses", "statuses", "cosine", "logits"):
+        for name in ("mode", "losses", "statuses", "cosine", "repaired", "logits"):
             assert found[name] == one[name], name
     places = {
         name: [home, *(str(device) for device in blocks[:3]), home]

@@ -134,11 +134,14 @@ class FitText:
             with _inputs_of(projection.module) as seen:
                 after = self._stepper.run(self._calls[place], step, kept, hidden)
             inputs = seen[0].flatten(0, -2)
-            found = after.flatten(0, -2).float()
-            aims = {t: self.dense(t)[place].flatten(0, -2) for t in targets}
-            weights = token_weights(self.dense(step + 1)[place].flatten(0, -2))
+            # In a model spread over devices all is brought to where the projection is.
+            found, *aims, whole = (
+                hidden.flatten(0, -2).to(inputs.device)
+                for hidden in (after, *(self.dense(t)[place] for t in (*targets, step + 1)))
+            )
+            errors = [aim.float() - found.float() for aim in aims]
             part = held if place % HELD_BACK == HELD_BACK - 1 else fit
-            part.add(inputs, {t: aim.float() - found for t, aim in aims.items()}, weights)
+            part.add(inputs, dict(zip(targets, errors, strict=True)), token_weights(whole))
         fits = solved(projection, fit, held, self._operator)
         if fits.ill_conditioned and not self.ill_conditioned:
             _log.warning(

@@ -119,7 +119,7 @@ class Refitted:
         accounting: Accounting = self._judge.accounting
         judged = accounting.unit(tally.judged, masks, sum(self._judge.sequences))
         flops = sum(
-            (tally.fit[site] + tally.normals[site]) * self._fit.tokens * flops
+            tally.fit[site] * self._fit.tokens * flops
             + tally.normals[site] * self._cost.normal[site]
             + tally.factors[site] * self._cost.factor[site]
             + tally.solves[site] * self._cost.solve[site]

@@ -29,6 +29,7 @@ Judged = tuple[tuple[tuple[Call, ...], Tensor], ...]
 class Tally:
     """How often each site was run on the judged and on the fit text, and fitted there.
 
+    The fit text also passes a step for the inputs of the projection that is fitted there.
     `normals` counts the Gram matrices, `factors` how often these were factored, `solves` the
     targets that they were solved for.
     """
@@ -98,6 +99,7 @@ class RefitWalk:
             self.tally.normals[site] += 1
             self.tally.factors[site] += factors(len(aims))
             self.tally.solves[site] += len(aims)
+            self._ran(step, kept)
             states = self._states(prefix)
             if self._fit is None:
                 continue
@@ -128,13 +130,17 @@ class RefitWalk:
             assert prefix.origin is not None
             before, step, turn, patch = prefix.origin
             states = self._states(before)
-            for site, kept in zip(self._steps[step], turn.kept, strict=True):
-                self.tally.fit[site] += kept
+            self._ran(step, turn.kept)
             if self._fit is not None:
                 with self._with(patch):
                     prefix.states = self._fit.advance(step, turn, states)
             prefix.known, prefix.origin = True, None
         return prefix.states
+
+    def _ran(self, step: int, kept: Sequence[bool]) -> None:
+        """Count the sites that the fit text passes in one step."""
+        for site, runs in zip(self._steps[step], kept, strict=True):
+            self.tally.fit[site] += runs
 
     def _with(self, patch: Patch | None) -> AbstractContextManager[None]:
         if patch is None or self._stepper is None:

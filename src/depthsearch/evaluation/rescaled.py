@@ -78,7 +78,7 @@ class Rescaled:
             if any(flags):
                 cut = self._fit.advance(step, Turn(flags), cut)
         ratios = [
-            (whole.double().norm(dim=-1) / part.double().norm(dim=-1)).flatten().cpu()
+            (whole.double().norm(dim=-1).cpu() / part.double().norm(dim=-1).cpu()).flatten()
             for whole, part in zip(self._fit.dense(start + len(kept)), cut, strict=True)
         ]
         found = torch.cat(ratios)

@@ -47,8 +47,10 @@ class RepairTable:
         """The `cost_tokens` of the gaps of `masks` that were not counted yet."""
         flops = 0
         for (step, kept), targets in _by_gram(self._gaps(masks) - self._counted).items():
-            site = fitted_site(self._stepper.steps[step], Turn(kept))
-            flops += self._fit.tokens * self._accounting.site_flops[site]
+            sites = self._stepper.steps[step]
+            site = fitted_site(sites, Turn(kept))
+            for place, runs in zip(sites, kept, strict=True):
+                flops += runs * self._fit.tokens * self._accounting.site_flops[place]
             flops += self._cost.of_gap(site, len(targets))
         return flops / self._accounting.dense_flops
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from depthsearch import __version__
-from depthsearch.errors import ExportError
+from depthsearch.errors import DepthsearchError, ExportError
 from depthsearch.export.card import CardData, Figure, base_name, model_card
 from depthsearch.export.native import NativePlan, plan_native
 from depthsearch.export.staging import MANIFEST, check_target, require_room, set_aside, staged
@@ -32,7 +32,10 @@ Measure = Callable[[Path], tuple[Figure, ...]]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished export: where it is, how large, and how its check went (None: not checked)."""
+    """A finished export: where it is, how large, and how its check went (None: not checked).
+
+    `unmeasured` says why it could not be measured, where it was to be and could not.
+    """
 
     path: Path
     parameters: int
@@ -40,6 +43,7 @@ class ExportResult:
     files: tuple[str, ...]
     plan: NativePlan
     verification: Verification | None
+    unmeasured: str | None = None
 
 
 def export(
@@ -61,8 +65,9 @@ def export(
     The directory appears only when complete; its last file is depthsearch.json. `overwrite`
     replaces an earlier export. `tokens` `[batch, seq]` are the ids for the check, random ones by
     default. An export that fails its check is kept as `<out>.failed`. `measure` is called with the
-    checked checkpoint before its card is written, and adds its figures to the card's. `patches` are
-    refitted weights that take the place of the old ones.
+    checked checkpoint before its card is written, and adds its figures to the card's; where it
+    raises a DepthsearchError, the card goes without. `patches` are refitted weights that take the
+    place of the old ones.
 
     Raises ExportError for a mask or model that has no native form, for a target that exists, and
     for a failed check; StorageError for a full disk.
@@ -83,8 +88,12 @@ def export(
             with patched(loaded.model, anatomy, patches):
                 verification = _checked(loaded, anatomy, mask, directory, out, tokens)
         copy_licences(loaded, directory)
+        unmeasured = None
         if measure is not None:
-            card = replace(card, figures=(*card.figures, *measure(directory)))
+            try:
+                card = replace(card, figures=(*card.figures, *measure(directory)))
+            except DepthsearchError as error:
+                unmeasured = str(error)
         counts = (_parameters(loaded.model), parameters)
         text = model_card(
             loaded, anatomy.sites, mask, plan, card, counts, verification, title=out.name
@@ -93,7 +102,9 @@ def export(
         manifest = _manifest(loaded, anatomy, mask, plan, card, counts, verification)
         _write_synced(directory / MANIFEST, manifest)
     files = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
-    return ExportResult(out, parameters, directory_bytes(out), tuple(files), plan, verification)
+    return ExportResult(
+        out, parameters, directory_bytes(out), tuple(files), plan, verification, unmeasured
+    )
 
 
 def _checked(

@@ -70,17 +70,29 @@ def _in_pieces(model: Any, ids: Any, cuts: Sequence[int], mask: Any) -> Any:
 
 
 def generate(model: Any, ids: Any, new_tokens: int) -> Any:
-    """The tokens that greedy decoding adds to the first row of `ids`, `[1, at most new_tokens]`."""
-    import torch
+    """The tokens that greedy decoding adds to the first row of `ids`, `[1, at most new_tokens]`.
 
-    with torch.inference_mode():
-        prompt = ids[:1, : ids.shape[1] - new_tokens]
-        whole = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-        )
+    Of the model's own settings only the ids that end and pad are used: others, such as strings to
+    stop at, may need what is not here, and say nothing about its weights.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    prompt = ids[:1, : ids.shape[1] - new_tokens]
+    own = model.generation_config
+    ids_only = {"eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id}
+    # Settings that an argument leaves open would be taken from the model's own.
+    model.generation_config = GenerationConfig(**ids_only)
+    try:
+        with torch.inference_mode():
+            whole = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+            )
+    finally:
+        model.generation_config = own
     return whole[:, prompt.shape[1] :].cpu()
 
 

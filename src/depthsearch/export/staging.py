@@ -94,11 +94,13 @@ def _replace(temporary: Path, out: Path) -> None:
     if not out.is_dir():
         temporary.rename(out)
         return
-    old = out.rename(_beside(out, "old"))
+    old = _beside(out, "old")
     try:
+        out.rename(old)
         temporary.rename(out)
-    except OSError:
-        old.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

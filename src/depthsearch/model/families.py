@@ -5,7 +5,7 @@ A new decoder-only family needs one row here, and passes the self-check or is re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class FamilyRow:
     name the projections that write to the residual stream, inside the sublayer. `parallel` blocks
     feed the same input to both sublayers, so their sublayers cannot be re-paired. `norm_after`:
     what a sublayer writes passes the last of its norms before it is added to the residual stream.
+    `factor` names the attribute of a block that what its sublayers write is multiplied by there.
     """
 
     attention: str
@@ -27,6 +28,7 @@ class FamilyRow:
     ffn_out: str = "down_proj"
     shared_norms: tuple[str, ...] = ()
     norm_after: bool = False
+    factor: str | None = None
 
     @property
     def parallel(self) -> bool:
@@ -62,7 +64,7 @@ FAMILIES: dict[str, FamilyRow] = {
     "qwen2": _PRE_NORM,
     "qwen3": _PRE_NORM,
     "phi3": _PRE_NORM,
-    "granite": _PRE_NORM,
+    "granite": replace(_PRE_NORM, factor="residual_multiplier"),
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
     "olmo2": _POST_SUBLAYER,

@@ -1,9 +1,10 @@
 """What repairs change: the weight with which a sublayer writes to the residual stream.
 
-A sublayer writes `z W^T` to the stream, so its output projection W is what is refitted. Where a
-norm stands between the two (Gemma 2 and 3, OLMo 2), the stream gets `z W^T / r * g` with r the root
-mean square of a token's `z W^T`. With r as the old W has it that is linear in W; the new W changes
-r, which the norm's weight g makes good on average. A new weight takes the place of the old one: no
+A sublayer writes `z W^T` to the stream, so its output projection W is what is refitted. Some
+families multiply it by a number first, which is only a matter of scale (Granite). Where a norm
+stands between the two (Gemma 2 and 3, OLMo 2), the stream gets `z W^T / r * g` with r the root mean
+square of a token's `z W^T`. With r as the old W has it that is linear in W; the new W changes r,
+which the norm's weight g makes good on average. A new weight takes the place of the old one: no
 parameter is added and no format changes.
 """
 
@@ -48,11 +49,15 @@ class Patch:
 
 @dataclass(frozen=True)
 class Projection:
-    """The module of one site that writes to the residual stream, and the norm behind it."""
+    """The module of one site that writes to the residual stream, and the norm behind it.
+
+    `factor` is what its output is multiplied by behind all that.
+    """
 
     site: Site
     module: nn.Module
     norm: nn.Module | None = None
+    factor: float = 1.0
 
     @property
     def transposed(self) -> bool:
@@ -85,9 +90,14 @@ class Projection:
 
     @property
     def gains(self) -> Tensor:
-        """What multiplies each output on its way to the stream, float64 `[out]`: ones, or g."""
+        """What multiplies each output on its way to the stream, float64 `[out]`."""
         if self.norm is None:
-            return self.weight.new_ones(self.shape[1], dtype=torch.float64)
+            return self.weight.new_full((self.shape[1],), self.factor, dtype=torch.float64)
+        return self.factor * self._norm_weight()
+
+    def _norm_weight(self) -> Tensor:
+        """g, float64 `[out]`."""
+        assert self.norm is not None
         stored = _parameter(self.norm, "weight")
         assert stored is not None
         return stored.double() + _offset(self.norm, stored)
@@ -121,28 +131,28 @@ class Projection:
         `gram` is that of the `regressors`.
         """
         old, gains = self.stacked, self.gains
-        if self.norm is None:
-            return self._as_patch(old + change, None, ridge, left)
         new = old + change / torch.where(gains == 0, torch.inf, gains)
+        if self.norm is None:
+            return self._as_patch(new, None, ridge, left)
         grown = ((new * (gram @ new)).sum() / (old * (gram @ old)).sum()).sqrt()
-        return self._as_patch(new, gains * grown, ridge, left)
+        return self._as_patch(new, self._norm_weight() * grown, ridge, left)
 
     def divided(self, by: float) -> Patch:
         """The patch with which what is written to the stream is divided by a number."""
         if self.norm is None:
             return self._as_patch(self.stacked / by, None, None, None)
-        return self._as_patch(self.stacked, self.gains / by, None, None)
+        return self._as_patch(self.stacked, self._norm_weight() / by, None, None)
 
     def _as_patch(
-        self, stacked: Tensor, gains: Tensor | None, ridge: float | None, left: float | None
+        self, stacked: Tensor, g: Tensor | None, ridge: float | None, left: float | None
     ) -> Patch:
         bias = norm = None
         if self.bias is not None:
             stacked, bias = stacked[:-1], stacked[-1].to(self.bias.dtype)
-        if self.norm is not None and gains is not None:
+        if self.norm is not None and g is not None:
             stored = _parameter(self.norm, "weight")
             assert stored is not None
-            norm = (gains - _offset(self.norm, stored)).to(stored.dtype)
+            norm = (g - _offset(self.norm, stored)).to(stored.dtype)
         weight = stacked.T.to(self.weight.dtype).contiguous()
         return Patch(self.site.index, weight, bias, ridge, left, norm)
 
@@ -156,12 +166,13 @@ def projection_of(model: nn.Module, anatomy: Anatomy, site: Site) -> Projection:
     names, norms = (row.attention, row.attention_out), row.attention_norms
     if site.kind == "ffn":
         names, norms = (row.ffn, row.ffn_out), row.ffn_norms
+    block = anatomy.block_list(model)[site.block]
     found: list[nn.Module] = []
     parts = [(".".join(names), "matrix", 2)]
     if row.norm_after:
         parts.append((norms[-1], "vector", 1))
     for path, shape, dimensions in parts:
-        module = anatomy.block_list(model)[site.block].get_submodule(path)
+        module = block.get_submodule(path)
         weight = _parameter(module, "weight")
         if weight is None or weight.ndim != dimensions:
             raise UnsupportedModelError(
@@ -169,7 +180,8 @@ def projection_of(model: nn.Module, anatomy: Anatomy, site: Site) -> Projection:
                 "refitted: set search.repair to none"
             )
         found.append(module)
-    return Projection(site, *found)
+    factor = 1.0 if row.factor is None else float(getattr(block, row.factor))
+    return Projection(site, found[0], found[1] if row.norm_after else None, factor)
 
 
 @contextmanager

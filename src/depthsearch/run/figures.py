@@ -151,6 +151,7 @@ def export_run(
         "repair": repair,
         "rows": rows,
         "latency": latency or None,
+        "unmeasured": result.unmeasured,
     }
     write_json(run / summary_name, summary)
     return result, summary
