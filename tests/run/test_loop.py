@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import optuna
 import pytest
 from tests.run.synthetic import Search
@@ -502,6 +503,19 @@ class TestChoose:
     def test_noise_never_replaces_a_baseline(self) -> None:
         """Better by 0.05 on average, with a standard error of the difference above that."""
         assert self.chosen(evaluation("1001", [1.4, 1.5, 3.4, 3.5])) == "0011"
+
+    @pytest.mark.parametrize("others", [1, 5, 15])
+    def test_of_many_that_are_no_better_one_seldom_replaces_the_baseline(self, others: int) -> None:
+        rng = np.random.default_rng(0)
+        replaced = 0
+        for _ in range(400):
+            text = rng.normal(1.0, 0.3, size=16)
+            finals = [
+                evaluation(f"{key:05b}", list(text + 0.05 * rng.standard_normal(16)))
+                for key in range(others + 1)
+            ]
+            replaced += choose(finals, [finals[0].mask]) != finals[0]
+        assert 0.02 < replaced / 400 < 1 / 6 + 0.03
 
     def test_exactly_one_standard_error_is_not_enough(self) -> None:
         # Differences -2, 0, -2, 0, ...: mean -1; with two sequences the standard error is 1.

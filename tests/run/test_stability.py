@@ -82,6 +82,23 @@ def test_equal_masks_change_places_and_it_is_said_that_this_hardly_matters() -> 
     assert "Held-out text itself is not sure of the best mask" in said
 
 
+def test_no_regret_is_shown_where_all_masks_are_equal() -> None:
+    shown = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        samples = [Sample("sample 1", "draw", WINDOW, losses(rng, [1.0] * 24, 16, 0.3))]
+        found = stability(
+            samples,
+            losses(rng, [1.0] * 24, 64, 0.3),
+            (256,),
+            folds=0,
+            select_tokens=256,
+            rng=np.random.default_rng(0),
+        )
+        shown += found["samples"][0]["regret"]["low"] > 0
+    assert shown <= 4
+
+
 def test_another_kind_of_text_or_length_with_another_winner_is_named_with_the_difference() -> None:
     found = check(0.1, CLEAR, other=CLEAR[::-1], length=CLEAR)
     (only,) = warnings(found)

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from depthsearch import __version__
 from depthsearch.errors import DepthsearchError, StorageError
+from depthsearch.evaluation.student import critical_value
 from depthsearch.journal import read_journal
 from depthsearch.report import (
     calibration,
@@ -226,9 +227,12 @@ def _verdict(run: RunData) -> str:
     if run.lead_on_baseline is None:
         return f"It was not measured on the same fresh sequences as {against}."
     lead, error = run.lead_on_baseline
+    # The answer is the best of several finalists on the text that it is judged by (Bonferroni).
+    others = max(1, sum(mask not in run.baselines for mask in run.fresh))
+    bar = critical_value(0.025 / others, max(1, len(run.fresh[run.best].losses) - 1))
     unit = wording.loss_unit(run.objective)
     measured = f"{abs(lead):.4f} ± {error:.4f} {unit} on the same fresh sequences"
-    if abs(lead) <= 2 * error:
+    if abs(lead) <= bar * error:
         return f"It can't be told apart from {against}: the difference is {measured}."
     return f"It is {'better' if lead > 0 else 'worse'} than {against} by {measured}."
 

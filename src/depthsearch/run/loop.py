@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from depthsearch.errors import ConfigError, NothingFoundError
 from depthsearch.evaluation import Backend, Racing, evaluate
+from depthsearch.evaluation.student import critical_value
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.points import Contest, Finalists, FrontPoint
 from depthsearch.run.replaying import ask_size, searcher_rng
@@ -33,6 +34,8 @@ from depthsearch.space import (
 
 _MOST_FAILURES = 100
 """Failed evaluations in a row after which a search gives up."""
+_CHANCE = 1 / 6
+"""How often, at most, one of several masks that are no better replaces a baseline."""
 _FEWEST_FINALISTS = 4
 """So many at least, besides those that are safe, are judged on all of the fresh text."""
 
@@ -469,9 +472,10 @@ def planned(backend: Backend, masks: Sequence[Mask], stages: Sequence[Stage] = (
 def choose(finals: Sequence[Evaluation], baselines: Sequence[Mask]) -> Evaluation:
     """The finalist to return, from evaluations on data that no mask was selected on.
 
-    The best one, but the best baseline where the best one is not better by more than one standard
-    error of the paired difference, so that noise alone never replaces a baseline. With a single
-    sequence the noise is not known and the baseline stays.
+    The best one, but the best baseline where the lead of the best one could be noise: a baseline
+    that is as good as all others is replaced in one case of six at the most (`_CHANCE`), however
+    many others there are (Student's t of the paired difference, Bonferroni). With a single sequence
+    the noise is not known and the baseline stays.
     """
     ranked = sorted(finals, key=lambda evaluation: evaluation.order)
     best = ranked[0]
@@ -488,4 +492,6 @@ def choose(finals: Sequence[Evaluation], baselines: Sequence[Mask]) -> Evaluatio
         return safe
     mean = fmean(differences)
     spread = math.fsum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
-    return best if mean < -math.sqrt(spread / len(differences)) else safe
+    others = sum(evaluation.mask not in baselines for evaluation in finals)
+    bar = critical_value(_CHANCE / others, len(differences) - 1)
+    return best if mean < -bar * math.sqrt(spread / len(differences)) else safe

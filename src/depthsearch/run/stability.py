@@ -76,7 +76,7 @@ def stability(
         "select_tokens": select_tokens,
         "best": best,
         "heldout": _heldout(heldout, rng),
-        "samples": [_sample(sample, first, heldout, best, rng) for sample in every],
+        "samples": [_sample(sample, first, heldout, rng) for sample in every],
         "pairs": pairs,
         "agreement": {
             kind: _mean_pair([pair for pair in pairs if pair["kind"] == kind])
@@ -111,7 +111,7 @@ def _heldout(heldout: Table, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _sample(
-    sample: Sample, first: Sample, heldout: Table, best: int, rng: np.random.Generator
+    sample: Sample, first: Sample, heldout: Table, rng: np.random.Generator
 ) -> dict[str, Any]:
     losses, held = sample.losses.mean(axis=1), heldout.mean(axis=1)
     chosen, ours = winner(losses), winner(first.losses.mean(axis=1))
@@ -126,10 +126,25 @@ def _sample(
         "heldout_loss": float(held[chosen]),
         "gap": float(held[chosen] - losses[chosen]),
         "mean_gap": float((held - losses).mean()),
-        "regret": _difference(heldout, chosen, best, rng),
+        "regret": _regret(heldout, chosen, rng),
         "first_winner_excess": _difference(sample.losses, ours, chosen, rng),
         **_correlations(agreement(sample.losses, heldout, rng)),
     }
+
+
+def _regret(heldout: Table, chosen: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The held-out loss of `chosen` above that of the best mask, paired by window.
+
+    Which mask is best is told on one half of the windows and measured on the other, both ways:
+    on the windows that it was chosen on, the best of several equal masks is ahead by luck.
+    """
+    halves = np.array_split(np.arange(heldout.shape[1]), 2)
+    if not len(halves[1]):
+        halves = halves[:1] * 2
+    rival = np.empty(heldout.shape[1])
+    for there, here in (halves, halves[::-1]):
+        rival[here] = heldout[winner(heldout[:, there].mean(axis=1)), here]
+    return paired_difference(heldout[chosen : chosen + 1], rival[np.newaxis], rng).to_json()
 
 
 def _difference(table: Table, a: int, b: int, rng: np.random.Generator) -> dict[str, Any]:

@@ -86,12 +86,12 @@ def section(
         else []
     )
     correlation = _correlation(entries, heldout, rng)
-    # Leads are held against each other where results are what the search judged.
-    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    # Leads are held against held-out KL, where results are what the search judged, and by it.
+    alike: dict[str, list[dict[str, Any]]] = {}
     for row, found in zip(summary, by_arm.values(), strict=True):
         judged, finished = _kind(found[0])
-        if judged == finished:
-            alike.setdefault((found[0]["score"], judged), []).append(row)
+        if judged == finished and found[0]["score"] == "kl":
+            alike.setdefault(judged, []).append(row)
     warnings = warnings_of(list(alike.values()), pairs, courses, correlation)
     return {
         "cost_tokens": _mean([e["cost_tokens"] for e in entries]),
