@@ -7,7 +7,7 @@ text, and print intervals that are too narrow. Budgets are chosen, not drawn, so
 resampled.
 
 Drawn from three seeds a mean can't vary as much as from all that there could be, so intervals are
-stretched to what Student's t leaves open (see `_stretch`). With one seed an interval shows the
+stretched to what Student's t leaves open (see `_half_width`). With one seed an interval shows the
 noise of the text alone.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -65,7 +64,10 @@ def bootstrap_interval(
     _check(level, resamples)
     by_seed, by_window = (_shares(rng, count, resamples) for count in table.shape)
     means = ((by_seed @ table) * by_window).sum(axis=1)
-    found, wider = _percentiles(float(table.mean()), means, level), _stretch(table, means, level)
+    found = _percentiles(float(table.mean()), means, level)
+    if found.low == found.high:
+        return found
+    wider = max(1.0, 2 * _half_width(table, level) / (found.high - found.low))
     ends = (found.mean + wider * (end - found.mean) for end in (found.low, found.high))
     return Interval(found.mean, *ends)
 
@@ -219,42 +221,40 @@ def _shares(rng: np.random.Generator, count: int, resamples: int) -> Array:
     return rng.multinomial(count, np.full(count, 1 / count), size=resamples) / count
 
 
-def _stretch(table: Array, means: Array, level: float) -> float:
-    """By what percentile intervals of `means`, resampled from `table`, are too narrow; at least 1.
+def _half_width(table: Array, level: float) -> float:
+    """Half the width of the interval of Student's t for the mean of two crossed random effects.
 
-    That is how much larger the standard error of two crossed random effects is (without
-    replication, each mean square counted at least once) than the spread of `means`, times the
-    critical value of Student's t over that of the normal distribution, with the degrees of freedom
-    of Satterthwaite (1946), rounded down. For two equal methods with three seeds and noise between
-    seeds alone the percentiles exclude zero in a quarter of cases at 95 %; stretched in one of 20.
+    The standard error is that of seeds and windows without replication, each mean square counted
+    at least once, the degrees of freedom are those of Satterthwaite (1946), as many at least as the
+    smallest that it is made of (critical values between whole ones by their reciprocals). For two
+    equal methods with three seeds and noise between seeds alone, percentiles of resampled means
+    exclude zero in a quarter of cases at 95 %; stretched to this width in one of 20.
     """
     seeds, windows = table.shape
-    spread = float(means.std())
-    if spread == 0:
-        return 1.0
     rows, columns = table.mean(axis=1, keepdims=True), table.mean(axis=0, keepdims=True)
     rest = table - rows - columns + table.mean()
-    sizes = (seeds - 1, windows - 1, (seeds - 1) * (windows - 1))
-    sums = (
-        windows * float(((rows - table.mean()) ** 2).sum()),
-        seeds * float(((columns - table.mean()) ** 2).sum()),
-        float((rest**2).sum()),
-    )
-    by_seed, by_window, by_cell = (
-        total / size if size else 0.0 for total, size in zip(sums, sizes, strict=True)
-    )
-    whole = max(by_seed + by_window - by_cell, by_seed, by_window)
-    if whole == 0:
-        return 1.0
-    parts = sum(
-        square**2 / size
-        for square, size in zip((by_seed, by_window, by_cell), sizes, strict=True)
+    squares: list[tuple[float, int]] = [
+        (float((part**2).sum()) * times / size, size)
+        for part, times, size in (
+            (rows - table.mean(), windows, seeds - 1),
+            (columns - table.mean(), seeds, windows - 1),
+            (rest, 1, (seeds - 1) * (windows - 1)),
+        )
         if size
-    )
-    freedom = max(1, int(whole**2 / parts))
-    tail = (1 - level) / 2
-    critical = critical_value(tail, freedom) / NormalDist().inv_cdf(1 - tail)
-    return max(1.0, critical * math.sqrt(whole / (seeds * windows)) / spread)
+    ]
+    if not any(square for square, _ in squares):
+        return 0.0
+    by_cell = squares[-1][0] if len(squares) == 3 else 0.0
+    largest = max(square for square, _ in squares)
+    whole = max(sum(square for square, _ in squares) - 2 * by_cell, largest)
+    found = whole**2 / sum(square**2 / size for square, size in squares)
+    freedom = max(found, min(size for _, size in squares))
+    below, tail = int(freedom), (1 - level) / 2
+    # How far from the whole number below, as a share of the way to the next one.
+    share = (1 / below - 1 / freedom) * below * (below + 1)
+    ends = [critical_value(tail, whole_number) for whole_number in (below, below + 1)]
+    critical: float = (1 - share) * ends[0] + share * ends[1]
+    return critical * math.sqrt(whole / (seeds * windows))
 
 
 def _percentiles(value: float, drawn: Array, level: float) -> Interval:
