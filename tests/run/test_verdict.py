@@ -36,6 +36,13 @@ def test_a_search_that_beats_everything() -> None:
     assert "did not help" not in text
 
 
+def test_a_bad_method_whose_seeds_differ_widely_does_not_hide_what_search_gains() -> None:
+    rows = [row("evo", 0.5), row("win", 0.6, "windows"), row("add", 3.0, "additive")]
+    clear = pair("evo", "win", "evo") | {"difference": -0.1, "low": -0.12, "high": -0.08}
+    pairs = [clear, pair("evo", "add", None), pair("win", "add", None)]
+    assert "Search helped: evo is 0.1000 nats" in verdict(rows, pairs)
+
+
 def test_a_tie_with_a_one_pass_method_is_said_plainly() -> None:
     rows = [row("evo", 0.5), row("win", 0.51, "windows"), row("greedy", 0.9, "greedy")]
     pairs = [pair("evo", "win", None), pair("evo", "greedy", "evo"), pair("win", "greedy", "win")]

@@ -34,9 +34,9 @@ Rows = Sequence[Mapping[str, Any]]
 class Outcome:
     """Whether search paid at one budget.
 
-    `kind` is "pays" where the best search is better than every one-pass arm, "enough" where the
-    interval rules out a gain over one of them that matters (`SLIGHT`), "open" where it does not,
-    and "no rival" where searches or one-pass arms are missing. `difference` is that of the best
+    `kind` is "pays" where the best search is better than the best one-pass arm, "enough" where the
+    interval rules out a gain over that one that matters (`SLIGHT`), "open" where it does not, and
+    "no rival" where searches or one-pass arms are missing. Which ones are best is by their means. `difference` is that of the best
     one-pass arm minus the best search in nats, with its interval where it is known. `baselines` are
     the answers of the search, in words, that it did not find but started from.
     """
@@ -64,15 +64,14 @@ def outcome(summary: Rows, pairs: Rows) -> Outcome:
     if not simple or not searches:
         return Outcome("no rival")
     search, best = str(searches[0]["arm"]), str(simple[0]["arm"])
-    equal = [str(row["arm"]) for row in simple if not _worse(str(row["arm"]), search, pairs)]
-    if not equal:
+    if _worse(best, search, pairs):
         baselines = tuple(searches[0].get("baselines", ()))
         seeds = int(searches[0].get("seeds", 0))
         gain = _gain(best, search, pairs)
         return Outcome("pays", search, best, *gain, baselines=baselines, seeds=seeds)
-    gain = _gain(equal[0], search, pairs)
+    gain = _gain(best, search, pairs)
     wide = gain[2] is not None and gain[2] > SLIGHT * float(ranked[0]["heldout_kl_mean"])
-    return Outcome("open" if wide else "enough", search, equal[0], *gain)
+    return Outcome("open" if wide else "enough", search, best, *gain)
 
 
 def verdict(summary: Rows, pairs: Rows, warnings: Sequence[str] = ()) -> str:
