@@ -168,6 +168,28 @@ def test_an_export_that_does_not_load_is_an_error(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        'raise RuntimeError("DefaultCPUAllocator: can not allocate memory")',
+        "raise MemoryError",
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    ],
+)
+def test_a_check_that_has_no_memory_does_not_blame_the_export(
+    end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = case("llama", BLOCKS, tmp_path)
+    script = tmp_path / "probe.py"
+    script.write_text(end, encoding="utf-8")
+    monkeypatch.setattr(probe, "__file__", str(script))
+
+    with pytest.raises(ExportError, match="not enough memory to check the export") as caught:
+        verify_export(small.loaded, small.anatomy, small.mask, small.path, new_tokens=2)
+
+    assert "\n" not in str(caught.value)
+
+
 def test_too_few_tokens_are_refused(tmp_path: Path) -> None:
     loaded, anatomy = tiny_loaded("llama", 2)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from depthsearch.space import Mask
 FLOAT32_TOLERANCE = 1e-4
 ARGMAX_TOLERANCE = 0.999
 _ROWS = 2
+_NO_MEMORY = ("out of memory", "allocate memory", "memoryerror")
 _TEXT = "One naïve check: 3.14 × 2 = 6.28 and “so on”.\n\tβ 你好"
 
 
@@ -220,9 +222,16 @@ def _ask_clean_interpreter(jobs: list[dict[str, Any]], scratch: Path) -> list[di
         )
     if ended.returncode != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        reason = lines[-1][:300] if lines else f"it ended with code {ended.returncode}"
+        if ended.returncode == -signal.SIGKILL or any(
+            word in reason.lower() for word in _NO_MEMORY
+        ):
+            raise ExportError(
+                "there is not enough memory to check the export beside the model that it comes "
+                f"from ({reason}): export with model.device: cpu, or on a larger machine"
+            )
         raise ExportError(
-            "plain transformers can't load and run the export in a fresh interpreter "
-            f"({lines[-1][:300] if lines else f'it ended with code {ended.returncode}'})"
+            f"plain transformers can't load and run the export in a fresh interpreter ({reason})"
         )
     found: list[dict[str, Any]] = json.loads(figures.read_text(encoding="utf-8"))
     return found

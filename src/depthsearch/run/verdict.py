@@ -36,9 +36,10 @@ class Outcome:
 
     `kind` is "pays" where the best search is better than the best one-pass arm, "enough" where the
     interval rules out a gain over that one that matters (`SLIGHT`), "open" where it does not, and
-    "no rival" where searches or one-pass arms are missing. Which ones are best is by their means. `difference` is that of the best
-    one-pass arm minus the best search in nats, with its interval where it is known. `baselines` are
-    the answers of the search, in words, that it did not find but started from.
+    "no rival" where searches or one-pass arms are missing. Which ones are best is by their means.
+    `difference` is that of the best one-pass arm minus the best search in nats, with its interval
+    where it is known. `baselines` are the answers of the search, in words, that it did not find but
+    started from.
     """
 
     kind: str
