@@ -164,6 +164,9 @@ def test_paths_are_looked_for_in_the_working_directory_too(
         ("compare={arms: {a: {metod: x}}}", ["compare.arms.a.metod", "did you mean 'method'?"]),
         ("compare={arms: {a: {}}, seeds: [1, 1]}", ["compare.seeds", "each seed may appear once"]),
         ("compare={arms: {a: {}}, cost_tokens: b}", ["compare.cost_tokens is 'b'", "arm: a"]),
+        ("compare={arms: {w/o sweep: {}}}", ["a name in compare.arms is 'w/o sweep'", "_ . + -"]),
+        ("compare={arms: {../x: {}}}", ["a name in compare.arms is '../x'", "letter or digit"]),
+        ("compare={arms: {1: {}}}", ["a name in compare.arms is 1; must be a string"]),
         ("compare={arms: {a: {seed: 7}}}", ["compare.arms.a.seed is 7", "compare.seeds"]),
         ("search", ["--set search", "key=value"]),
         ("search.=3", ["key=value"]),
@@ -228,6 +231,14 @@ def test_arms_take_what_they_leave_out_from_search(write: Write) -> None:
     assert not compare.arms["greedy"].racing
     assert compare.seeds == (0, 1, 2)
     assert compare.cost_tokens == 1e6
+
+
+def test_names_of_arms_that_can_name_a_folder(write: Write) -> None:
+    names = ["searched, then repaired", "w-o_sweep (p=0.5)", "2.5 + größer"]
+    given = {"compare": {"arms": {name: {"method": "windows"} for name in names}}}
+    compare = load_config(write(MINIMAL + yaml.safe_dump(given, allow_unicode=True))).compare
+    assert compare is not None
+    assert list(compare.arms) == sorted(names)
 
 
 def test_every_key_of_the_schema_explains_itself() -> None:

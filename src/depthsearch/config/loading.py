@@ -236,6 +236,9 @@ def _explain(error: ValidationError, source: str, origins: Mapping[tuple[str, ..
 
 def _problem(detail: ErrorDetails, keys: tuple[str, ...]) -> str:
     dotted = ".".join(keys)
+    if keys[-1:] == ("[key]",):
+        # Wrong is the name itself: pydantic lists it as what leads to its key.
+        dotted = f"a name in {'.'.join(keys[:-2])}"
     message = detail["msg"].removeprefix("Value error, ")
     for said, better in _WORDING:
         message = message.replace(said, better)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     ValidationInfo,
@@ -19,6 +21,7 @@ Repair = Literal["none", "table", "gap", "sequential"]
 Finish = Literal["none", "gap", "sequential"]
 Loss = Literal["kl", "cross_entropy", "angular", "norm", "js", "chrf"]
 
+_NAME = re.compile(r"[^\W_][\w .+,=()-]*")
 _FINALISTS = 16
 _DEAR_FINALISTS = 8
 """Where each is fitted on far more text than it is judged on, or every budget has its own."""
@@ -31,6 +34,16 @@ def _mapped(value: object) -> object:
     if isinstance(value, Mapping | RacingConfig):
         return value
     raise ValueError("must be true, false, or a mapping such as {method: paired, error_rate: 0.05}")
+
+
+def _named(name: str) -> str:
+    """Refuse the name of an arm that can't be a part of a folder's name."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            "must begin with a letter or digit and go on with letters, digits, spaces and "
+            "_ . + - , = ( ), since it names folders"
+        )
+    return name
 
 
 class RacingConfig(Section):
@@ -98,7 +111,7 @@ class SearchConfig(Section):
 class CompareConfig(Section):
     """Several searchers side by side at equal cost, each with several seeds."""
 
-    arms: Annotated[dict[str, SearchConfig], Field(min_length=1)]
+    arms: Annotated[dict[Annotated[str, AfterValidator(_named)], SearchConfig], Field(min_length=1)]
     """name of the arm: what it changes in `search`"""
     seeds: Annotated[
         tuple[Annotated[Whole, Field(ge=0)], ...], Field(min_length=1), BeforeValidator(frozen)
