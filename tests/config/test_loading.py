@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from depthsearch.config import RunConfig, config_from_mapping, load_config, resolved_yaml
+from depthsearch.config import RunConfig, config_from_mapping, load_config, resolved_yaml, to_yaml
 from depthsearch.errors import ConfigError
 
 MINIMAL = """
@@ -65,6 +65,17 @@ def test_resolved_yaml_reads_back_to_an_equal_configuration(write: Write, tmp_pa
     again.write_text(resolved_yaml(config), encoding="utf-8")
     assert load_config(again) == config
     assert config_from_mapping(config.to_json()) == config
+
+
+@pytest.mark.parametrize("text", ["12e45678", "1e3", "-2.e+5", "1.5e3", "7", "null", "0x1f", "="])
+def test_texts_that_look_like_something_else_stay_texts(write: Write, text: str) -> None:
+    data: dict[str, Any] = yaml.safe_load(MINIMAL)
+    data["model"]["revision"] = text
+    data["search"] = {"method": "optuna", "options": {"study_name": text, text: 1.0}}
+    config = config_from_mapping(data)
+    assert config.model.revision == text
+    assert load_config(write(resolved_yaml(config))) == config
+    assert load_config(write(to_yaml(data))) == config
 
 
 def test_frozen(write: Write) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from depthsearch.config.budgets import BudgetConfig, FrontConfig, SpaceConfig
-from depthsearch.config.loading import config_from_mapping, load_config, resolved_yaml
+from depthsearch.config.loading import config_from_mapping, load_config, resolved_yaml, to_yaml
 from depthsearch.config.schema import (
     CalibrationConfig,
     ModelConfig,
@@ -27,4 +27,5 @@ __all__ = [
     "config_from_mapping",
     "load_config",
     "resolved_yaml",
+    "to_yaml",
 ]

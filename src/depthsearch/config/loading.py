@@ -49,11 +49,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """What quotes the texts that `_Loader` would read as something else, such as `12e4`."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -99,7 +104,12 @@ def config_from_mapping(
 
 def resolved_yaml(config: RunConfig) -> str:
     """The configuration with all defaults as YAML; `load_config` reads it back to an equal one."""
-    return yaml.safe_dump(config.to_json(), sort_keys=False, allow_unicode=True)
+    return to_yaml(config.to_json())
+
+
+def to_yaml(data: Mapping[str, Any]) -> str:
+    """A configuration, or what is left of one to be shown, as YAML that a run file may hold."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_mapping(path: Path, source: str) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from depthsearch import __version__
+from depthsearch.config import to_yaml
 from depthsearch.errors import JournalError, RunDirectoryError
 from depthsearch.journal import read_journal
 from depthsearch.searchers.baselines import is_baseline
@@ -239,7 +238,7 @@ def _assemble(
         name=run_dir.resolve().name,
         version=str(start.get("version", "unknown")),
         config=config,
-        config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
+        config_text=to_yaml(config),
         signature=start.get("signature") or {},
         space=space,
         points=points,

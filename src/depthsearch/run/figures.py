@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from depthsearch import __version__
 from depthsearch.calibration.text import load_documents
 from depthsearch.calibration.windows import text_windows
-from depthsearch.config import RunConfig
+from depthsearch.config import RunConfig, to_yaml
 from depthsearch.export import CardData, ExportResult, Figure, export
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.model.patches import load_patches
@@ -123,7 +122,7 @@ def export_run(
         calibration=session.documents_name,
         fitted_on=fit_name(session.documents, session.fit_other),
         command=f"depthsearch search config.yaml --out run && depthsearch export run model{option}",
-        config=yaml.safe_dump(shareable_config(session), sort_keys=False, allow_unicode=True),
+        config=to_yaml(shareable_config(session)),
     )
     result = export(
         session.loaded,
