@@ -179,6 +179,8 @@ def test_paths_are_looked_for_in_the_working_directory_too(
         ("compare={arms: {../x: {}}}", ["a name in compare.arms is '../x'", "letter or digit"]),
         ("compare={arms: {1: {}}}", ["a name in compare.arms is 1; must be a string"]),
         ("compare={arms: {a: {seed: 7}}}", ["compare.arms.a.seed is 7", "compare.seeds"]),
+        ("calibration.column=2024-13-45", ["not valid YAML: month", "in quotes"]),
+        ("calibration.column=!!int x", ["not valid YAML: invalid literal", "in quotes"]),
         ("search", ["--set search", "key=value"]),
         ("search.=3", ["key=value"]),
         ("search.seed=[", ["--set search.seed=[", "not valid YAML"]),
@@ -218,6 +220,65 @@ def test_files_that_are_no_run_file(write: Write, text: str, expected: str) -> N
     message = error_of(path)
     assert message.startswith(str(path))
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("budget", "of"),
+    [
+        ("{<<: *a}", "model"),
+        ("{<<: *a, of: blocks}", "blocks"),
+        ("{of: blocks, <<: *a}", "blocks"),
+        ("{<<: [{of: blocks}, *a]}", "blocks"),
+        ("{<<: {<<: *a, of: blocks}}", "blocks"),
+    ],
+)
+def test_mappings_merge(write: Write, budget: str, of: str) -> None:
+    text = "search: {method: front}\nfront: {budgets: [&a {keep_params: 0.9, of: model}]}\n"
+    text += f"model: {{path: m}}\ncalibration: {{text: t}}\nspace: {{budget: {budget}}}\n"
+    found = load_config(write(text)).space.budget
+    assert (found.keep_params, found.of) == (0.9, of)
+
+
+def test_what_merged_itself_merges(write: Write) -> None:
+    options = "search: {options: &o {<<: {kind: none, project: p}, kind: wandb}}\n"
+    config = load_config(write(MINIMAL + options + "tracking: {<<: *o, project: q}\n"))
+    assert config.search.options == {"kind": "wandb", "project": "p"}
+    assert (config.tracking.kind, config.tracking.project) == ("wandb", "q")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {<<: &m {path: a, path: b}}",
+        "model: {<<: {path: a}, dtype: auto, dtype: auto}",
+        "model: {<<: {path: a}, <<: {dtype: auto}}",
+    ],
+)
+def test_a_key_given_twice_is_an_error_beside_and_within_what_is_merged(
+    write: Write, text: str
+) -> None:
+    assert "is given twice" in error_of(write(text))
+
+
+def test_options_that_are_no_mapping_are_one_line_beside_arms(write: Write) -> None:
+    path = write(MINIMAL + "search: {options: [1]}\ncompare: {arms: {a: {}}}\n")
+    assert "search.options is [1]; must be a" in error_of(path)
+
+
+def test_what_cant_be_looked_at_is_left_as_it_is(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(MINIMAL)
+    for name in ("/" + "n" * 300, "~nobody-of-that-name/x"):
+        config = load_config(path, [f"calibration.text={name}", f"model.path={name}"])
+        assert (config.calibration.text, config.model.path) == (name, name)
+        assert f"no such file: {name}" in error_of(path, f"space={name}")
+
+    def locked(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", locked)
+    assert load_config(path).calibration.text == "notes"
 
 
 def test_files_that_cant_be_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -36,17 +37,28 @@ _ARM = 2  # position of an arm's name in compare.arms.NAME.key
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: `1e6` is a number, and a key given twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._checked: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # What `<<` brings in may be given anew, so only the mapping as it was written is checked.
+        if id(node) not in self._checked:
+            self._checked.add(id(node))
+            self._refuse_twice(node)
+        super().flatten_mapping(node)
+
+    def _refuse_twice(self, node: yaml.MappingNode) -> None:
         seen: set[object] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            merges = key_node.tag == "tag:yaml.org,2002:merge"
+            key = "<<" if merges else self.construct_object(key_node, deep=True)
             if isinstance(key, str | int):
                 if key in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"key {key!r} is given twice", key_node.start_mark
                     )
                 seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -136,6 +148,12 @@ def _parse_yaml(text: str, source: str) -> object:
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{source}{where}: not valid YAML: {' '.join(problem.split())}") from None
+    except (ValueError, LookupError, AttributeError) as error:
+        # What YAML's own types say of a text that looks like one of them, such as 2024-13-45.
+        raise ConfigError(
+            f"{source}: not valid YAML: {' '.join(str(error).split())}; put a text that looks like "
+            "a date or a number in quotes"
+        ) from None
 
 
 def _parse_override(override: str) -> tuple[tuple[str, ...], object]:
@@ -174,10 +192,17 @@ def _expand_space(
 
 
 def _find(name: str, folder: Path) -> Path | None:
-    """Where `name` exists: beside the run file, else in the working directory, else nowhere."""
-    path = Path(name).expanduser()
-    candidates = (folder / path, Path.cwd() / path)
-    return next((candidate.resolve() for candidate in candidates if candidate.exists()), None)
+    """Where `name` exists: beside the run file, else in the working directory, else nowhere.
+
+    What can't be looked at is nowhere: whoever reads it says why, and others don't need it.
+    """
+    for place in (folder, Path.cwd()):
+        # A folder without permission, a name that is too long, `~` of a user who is not known.
+        with suppress(OSError, RuntimeError):
+            path = place / Path(name).expanduser()
+            if path.exists():
+                return path.resolve()
+    return None
 
 
 def _place_paths(data: dict[str, Any], folder: Path) -> None:
@@ -210,10 +235,11 @@ def _complete_arms(data: dict[str, Any], source: str) -> None:
                     f"{source}: compare.arms.{name}.{key} is {_shown(arm[key])}: all arms share "
                     f"it; set {instead} instead"
                 )
-        options = arm.get("options") or {}
+        options, shared = arm.get("options") or {}, base.get("options") or {}
         method = base.get("method", default)
-        if arm.get("method", method) == method and isinstance(options, dict):
-            options = {**(base.get("options") or {}), **options}
+        mappings = isinstance(options, dict) and isinstance(shared, dict)
+        if mappings and arm.get("method", method) == method:
+            options = {**shared, **options}
         arms[name] = {**base, **arm, "options": options}
 
 
