@@ -41,6 +41,10 @@ def test_what_exists_is_a_path(tmp_path, monkeypatch):
     assert is_path("owner/name"), "a folder that exists makes a missing file in it a path"
 
 
+def test_what_cant_be_looked_at_is_a_path():
+    assert is_path("n" * 300)
+
+
 def test_one_line_takes_the_innermost_cause_and_shortens_it():
     try:
         try:

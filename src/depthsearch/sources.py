@@ -25,7 +25,11 @@ def is_path(source: str, suffixes: tuple[str, ...] = ()) -> bool:
     if source.lower().endswith(suffixes) or source.count("/") > 1:
         return True
     path = Path(source)
-    return path.exists() or (len(path.parts) == 2 and path.parent.is_dir())
+    try:
+        return path.exists() or (len(path.parts) == 2 and path.parent.is_dir())
+    except OSError:
+        # Too long for a hub id, or in a folder without permission.
+        return True
 
 
 def one_line(error: BaseException, limit_chars: int = 300) -> str:

@@ -179,6 +179,11 @@ def test_missing_unknown_and_mixed(tmp_path):
     assert "several types (.csv, .txt)" in fails(str(folder))
 
 
+@pytest.mark.parametrize("source", ["~nobody-of-that-name/x", "/" + "n" * 260, "n" * 260])
+def test_paths_that_cant_be_looked_at(source):
+    assert "can't be read (" in fails(source)
+
+
 def test_the_hub_out_of_reach(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

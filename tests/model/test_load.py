@@ -173,6 +173,11 @@ def test_missing_paths_ask_no_hub(tmp_path, monkeypatch):
     assert "is a file" in fails(tmp_path / "model.bin")
 
 
+@pytest.mark.parametrize("source", ["~nobody-of-that-name/x", "/" + "n" * 260, "n" * 260])
+def test_paths_that_cant_be_looked_at(source):
+    assert "can't be read (" in fails(source)
+
+
 def test_the_hub_out_of_reach(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

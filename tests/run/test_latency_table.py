@@ -130,6 +130,12 @@ def test_the_file_is_known_by_its_sha256(tmp_path: Path) -> None:
     assert read_latency(None) is None
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "/" + "n" * 300])
+def test_paths_that_cant_be_looked_at(path: str) -> None:
+    with pytest.raises(InputError, match=r"can't be read: (Could not determine|File name too)"):
+        read_latency(path)
+
+
 def test_the_table_of_another_model_is_refused(tmp_path: Path) -> None:
     loaded = load_model(str(save_tiny(tmp_path / "model", "llama")), "float32", "cpu")
     read_latency(write_table(tmp_path / "own.json", tmp_path / "model")).check(loaded)  # type: ignore[union-attr]

@@ -70,7 +70,12 @@ def load_columns(
     """
     source = text if subset is None else f"{text}[{subset}]"
     if is_path(text, SUFFIXES):
-        files = _files(text)
+        try:
+            files = _files(text)
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"{text}: can't be read ({one_line(error, 160)}); give a text that you may read"
+            ) from error
         if files[0].suffix.lower() == ".txt":
             named = [column for column in columns if column not in (None, "text")]
             if named:

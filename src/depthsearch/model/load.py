@@ -204,13 +204,18 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _local(source: str, cache_dir: str | Path | None) -> Path:
     """The directory to load from, after converting a GGUF file where `source` is one."""
-    path = Path(source).expanduser()
-    if not source or not path.exists():
+    try:
+        path = Path(source).expanduser()
+        if not source or not path.exists():
+            raise ModelError(
+                f"{source!r}: no such file or directory; give a checkpoint directory, a GGUF file, "
+                "or a hub id such as owner/name"
+            )
+        gguf = gguf_in(path)
+    except (OSError, RuntimeError) as error:
         raise ModelError(
-            f"{source!r}: no such file or directory; give a checkpoint directory, a GGUF file, "
-            "or a hub id such as owner/name"
-        )
-    gguf = gguf_in(path)
+            f"{source}: can't be read ({one_line(error, 160)}); give a checkpoint that you may read"
+        ) from error
     if gguf is not None:
         return converted_gguf(gguf, cache_dir)
     if path.is_file():

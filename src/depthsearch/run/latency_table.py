@@ -173,8 +173,9 @@ def read_latency(path: str | Path | None) -> Latency | None:
         data = Path(path).expanduser().read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such latency table; {hint}") from None
-    except OSError as error:
-        raise InputError(f"{path}: can't be read: {error.strerror}") from None
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: can't be read: {reason}") from None
     try:
         table = LatencyTable.model_validate_json(data)
     except ValidationError as error:
