@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from tests.commands import Cli
 from tests.tiny_runs import workplace_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from depthsearch.errors import InputError
+from depthsearch.errors import DataError, InputError
 from depthsearch.journal import read_journal, without_times
+from depthsearch.model.load import LoadedModel, load_model
+from depthsearch.run import generation
 from depthsearch.run.directory import BEST, JOURNAL, REPAIR
 from depthsearch.run.figures import export_run
 from depthsearch.run.generation import GenerateOptions, generate
@@ -112,6 +116,52 @@ def test_a_repair_is_fitted_on_it_and_says_so(
     export_run(tmp_path / "mixed", tmp_path / "model", measure=False)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "tokens of text.txt, 50 % of them of own.jsonl were used" in card
+
+
+@pytest.mark.parametrize("options", [{"seed": 20261231235959}, {"window_tokens": 6, "batch": 1}])
+def test_any_seed_and_small_batches_do(
+    workplace: Path, tmp_path: Path, options: dict[str, int]
+) -> None:
+    out = tmp_path / "own.jsonl"
+    chosen = GenerateOptions(**{"tokens": 60, "window_tokens": 24, "batch": 8, **options})
+    assert generate(str(workplace / "model"), out, chosen)["tokens"] >= 60
+    assert texts(out)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, lengths: Iterator[int]) -> None:
+    """Have the model end its texts after so many tokens."""
+
+    def load(*args: Any) -> LoadedModel:
+        loaded = load_model(*args)
+        end = loaded.tokenizer.eos_token_id
+
+        def write(start: torch.Tensor, **_: Any) -> torch.Tensor:
+            wanted = [next(lengths) for _ in start]
+            rows = [[40] * length + [end] * (24 - length) for length in wanted]
+            return torch.cat([start, torch.tensor(rows)], dim=1)
+
+        monkeypatch.setattr(loaded.model, "generate", write)
+        return loaded
+
+    monkeypatch.setattr(generation, "load_model", load)
+
+
+def test_a_few_short_texts_are_no_silence(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, itertools.cycle([3, 0, 0, 0, 5, 0, 9]))
+    options = GenerateOptions(tokens=50, window_tokens=24, batch=1)
+    found = generate(str(workplace / "model"), tmp_path / "own.jsonl", options)
+    assert (found["tokens"], found["texts"]) == (51, 9)
+
+
+def test_a_silent_model_is_an_error(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, itertools.chain([9] * 20, itertools.repeat(0)))
+    options = GenerateOptions(tokens=500, window_tokens=24, batch=2)
+    with pytest.raises(DataError, match=r"ends 32 texts in a row .*\(--start\)"):
+        generate(str(workplace / "model"), tmp_path / "own.jsonl", options)
 
 
 def test_nothing_to_begin_with_is_an_error(workplace: Path, tmp_path: Path) -> None:

@@ -26,7 +26,11 @@ OnText = Callable[[str, int, int], None]
 
 _STAGE = "text"
 _FEWEST_A_BATCH = 8
-"""Tokens that a batch of texts holds at least, else the model has nothing to say."""
+"""Tokens that a batch of texts holds at least where there is room for them, else it is poor."""
+_MOST_POOR = 16
+"""So many poor batches in a row, and the model has nothing to say."""
+_SEEDS = 2**63
+"""Torch's seeds stay below; larger ones begin anew."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,11 @@ def _texts(loaded: LoadedModel, options: GenerateOptions) -> Iterator[tuple[str,
         bos_token_id=ids[0],
     )
     start = torch.tensor([ids], device=loaded.device).expand(options.batch, -1)
-    number = 0
+    fewest = min(_FEWEST_A_BATCH, options.batch * options.window_tokens)
+    number = poor = 0
     while True:
         # Each batch is seeded anew, so that a longer text begins with a shorter one.
-        torch.manual_seed(1_000_003 * options.seed + number)
+        torch.manual_seed((1_000_003 * options.seed + number) % _SEEDS)
         with torch.inference_mode():
             found = model.generate(start, attention_mask=torch.ones_like(start))
         batch = 0
@@ -135,10 +140,11 @@ def _texts(loaded: LoadedModel, options: GenerateOptions) -> Iterator[tuple[str,
             if text:
                 batch += stop
                 yield text, stop
-        if batch < _FEWEST_A_BATCH:
+        poor = poor + 1 if batch < fewest else 0
+        if poor == _MOST_POOR:
             raise DataError(
-                f"the model ends {options.batch} texts in a row before it says anything: give it "
-                "something to begin with (--start)"
+                f"the model ends {poor * options.batch} texts in a row before it says anything: "
+                "give it something to begin with (--start)"
             )
         number += 1
 
