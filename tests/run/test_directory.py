@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from depthsearch.errors import RunDirectoryError, StorageError
-from depthsearch.run.directory import create_directory, read_json, write_file, write_json
+from depthsearch.run.directory import (
+    create_directory,
+    occupied,
+    read_json,
+    write_file,
+    write_json,
+)
 
 
 def listing(folder: Path) -> list[str]:
@@ -49,6 +55,20 @@ def test_where_it_can_not_be_written_nothing_stays(tmp_path: Path) -> None:
         create_directory(tmp_path / "file" / "run", {"a": ""})
     with pytest.raises(StorageError, match="cannot create"):
         create_directory(tmp_path / "run", {"missing/a": ""})
+    assert listing(tmp_path) == ["file"]
+
+
+def test_what_cant_be_looked_at_is_one_line(tmp_path: Path) -> None:
+    long = tmp_path / ("n" * 300)
+    with pytest.raises(StorageError, match=r"cannot look at .*: File name too long"):
+        occupied(long)
+    with pytest.raises(StorageError, match=r"cannot look at .*: File name too long"):
+        create_directory(long, {"a": ""})
+    with pytest.raises(StorageError, match=r"cannot write .*: File name too long"):
+        write_file(long, "")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot write .*: Not a directory"):
+        write_file(tmp_path / "file" / "best.json", "")
     assert listing(tmp_path) == ["file"]
 
 

@@ -30,6 +30,7 @@ from depthsearch.run.directory import (
     CALIBRATION_JOURNAL,
     CONFIG,
     create_directory,
+    occupied,
     write_json,
 )
 from depthsearch.run.ledger import Ledger
@@ -267,9 +268,9 @@ def _all_failed(failed: Mapping[int, str]) -> str:
 
 def _check_out(config: RunConfig, out: Path) -> None:
     """Refuse an `out` that is neither new nor this very check, unfinished."""
-    if not out.exists():
+    if not occupied(out):
         return
-    if (out / CALIBRATION).exists():
+    if occupied(out / CALIBRATION):
         raise RunDirectoryError(
             f"{out} holds a finished check and is never overwritten: choose another --out"
         )

@@ -30,6 +30,7 @@ from depthsearch.run.directory import (
     CONFIG,
     JOURNAL,
     create_directory,
+    occupied,
     read_json,
     write_json,
 )
@@ -269,9 +270,9 @@ def read_compare(out: Path) -> dict[str, Any]:
 
 def _check_out(config: RunConfig, out: Path) -> None:
     """Refuse an `out` that is neither new nor this very comparison, unfinished."""
-    if not out.exists():
+    if not occupied(out):
         return
-    if (out / COMPARE).exists():
+    if occupied(out / COMPARE):
         raise RunDirectoryError(
             f"{out} holds a finished comparison and is never overwritten: choose another --out"
         )

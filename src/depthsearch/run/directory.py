@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,23 @@ CALIBRATION_JOURNAL = "calibration.jsonl"
 ARMS = "arms"
 
 
+def occupied(path: Path) -> bool:
+    """Whether something is at `path`; raises StorageError where that can't be told."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise StorageError(f"cannot look at {path}: {error.strerror or error}") from error
+
+
 def create_directory(path: Path, files: Mapping[str, str]) -> None:
     """Make `path` with `files` (name -> text) in it, under a temporary name and then renamed.
 
     Raises RunDirectoryError if `path` exists, StorageError if it cannot be written.
     """
-    if path.exists():
+    if occupied(path):
         hint = (
             f"continue it with `depthsearch resume {path}`, or choose another --out"
-            if (path / JOURNAL).exists()
+            if occupied(path / JOURNAL)
             else "choose another --out"
         )
         raise RunDirectoryError(f"{path} exists already and is never overwritten: {hint}")
@@ -66,7 +75,9 @@ def write_file(path: Path, text: str) -> None:
         _write_synced(partial, text)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        # Where nothing could be written, nothing can be removed either.
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from depthsearch import __version__
 from depthsearch.errors import DataError, InputError, RunDirectoryError
 from depthsearch.model.load import LoadedModel, load_model
-from depthsearch.run.directory import write_file
+from depthsearch.run.directory import occupied, write_file
 
 OnText = Callable[[str, int, int], None]
 
@@ -77,7 +77,7 @@ def generate(
     """
     if out.suffix != ".jsonl":
         raise InputError(f"{out}: the name of the text must end in .jsonl")
-    if out.exists():
+    if occupied(out):
         raise RunDirectoryError(f"{out} exists already and is never overwritten: choose another")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out.parent}: no such directory")

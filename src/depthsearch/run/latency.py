@@ -16,7 +16,7 @@ from depthsearch.errors import InputError, StorageError
 from depthsearch.model.anatomy import describe
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.quality import StepTimes, Times, measure_parts, measure_steps
-from depthsearch.run.directory import write_json
+from depthsearch.run.directory import occupied, write_json
 from depthsearch.run.latency_table import (
     Latency,
     LatencyTable,
@@ -50,7 +50,7 @@ def write_latency(
     with `sum_ns` and `additivity_error`. Raises InputError, before anything slow where `out`
     exists, and StorageError.
     """
-    if out.exists():
+    if occupied(out):
         raise InputError(f"{out} exists already and is never overwritten: choose another --out")
     with torch_threads(threads):
         loaded = load_model(source, dtype, device, revision)

@@ -23,6 +23,7 @@ from depthsearch.run.directory import (
     REPAIR,
     WORKERS,
     create_directory,
+    occupied,
     write_json,
 )
 from depthsearch.run.fits import text_name
@@ -57,7 +58,7 @@ def search(
     the configured one. Raises InputError before anything is created where
     something asked for is wrong, RunDirectoryError where `out` exists.
     """
-    if out.exists():
+    if occupied(out):
         create_directory(out, {})
     tracker = tracker or open_tracker(config.tracking, out)
     with opened(config, session) as session:
