@@ -11,10 +11,12 @@ import pytest
 import torch
 from tests.commands import Cli
 from tests.tiny_runs import workplace_config, write_text
+from transformers import PreTrainedTokenizerFast
 
+from depthsearch.config import load_config, resolved_yaml
 from depthsearch.model.patches import load_patches
 from depthsearch.model.repair import patched
-from depthsearch.run.directory import BEST, REPAIR
+from depthsearch.run.directory import BEST, CONFIG, REPAIR
 from depthsearch.run.overfit import verdict
 from depthsearch.run.search import search
 from depthsearch.run.session import Session
@@ -67,8 +69,6 @@ def test_the_size_of_the_run_gives_the_weights_of_the_run(run: Path, cli: Cli) -
     found = json.loads(shown.out)
     assert found == json.loads((run / "overfit.json").read_text())
     best = json.loads((run / BEST).read_text())
-    from depthsearch.config import load_config
-
     session = Session.open(load_config(run / "config.yaml"))
     mask = Mask.from_key(best["mask"])
     patches = load_patches(run / REPAIR, session.anatomy, mask, best["repair"]["sha256"])
@@ -87,6 +87,18 @@ def test_the_size_of_the_run_gives_the_weights_of_the_run(run: Path, cli: Cli) -
 def test_mistakes_end_with_one_line_and_two(run: Path, tmp_path: Path, cli: Cli) -> None:
     unfinished = shutil.copytree(run, tmp_path / "unfinished")
     (unfinished / BEST).unlink()
+    foreign = tmp_path / "foreign.txt"
+    foreign.write_text("mask ~unknown~ keep" * 200, encoding="utf-8")
+    config = load_config(run / CONFIG)
+    model = shutil.copytree(config.model.path, tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    tokenizer.add_tokens([f"~{name}~" for name in ("a", "b", "c", "unknown")])
+    tokenizer.save_pretrained(model)
+    more_tokens = shutil.copytree(run, tmp_path / "more-tokens")
+    changed = config.model_copy(
+        update={"model": config.model.model_copy(update={"path": str(model)})}
+    )
+    (more_tokens / CONFIG).write_text(resolved_yaml(changed), encoding="utf-8")
     for arguments, message in (
         ((tmp_path / "missing",), "is not a run directory"),
         ((unfinished,), "it has not finished"),
@@ -95,6 +107,7 @@ def test_mistakes_end_with_one_line_and_two(run: Path, tmp_path: Path, cli: Cli)
         ((run, "--fit", "10000000"), "the fit split needs"),
         ((run, "--repair", "table"), "--repair is 'table': give gap or sequential"),
         ((run, "--other", tmp_path / "none.txt"), "none.txt"),
+        ((more_tokens, "--fit", "512", "--other", foreign), "token 301, but the model's vocab"),
     ):
         before = sorted(path.name for path in run.iterdir())
         shown = cli("overfit", *arguments)

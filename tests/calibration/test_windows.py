@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from depthsearch.calibration import Documents, Splits, batches, make_splits
-from depthsearch.calibration.windows import draw_windows, opening_tokens, text_windows
+from depthsearch.calibration.windows import (
+    check_windows,
+    draw_windows,
+    opening_tokens,
+    text_windows,
+)
 from depthsearch.errors import DataError
 
 BOS, EOS = 2, 3
@@ -231,3 +236,21 @@ def test_windows_that_are_raced_on_stand_in_random_order(make_tokenizer):
         assert counts.tolist() == [4] * 50
     assert torch.equal(found[0].select, found[1].select)
     assert not torch.equal(found[0].select, found[2].select)
+
+
+@pytest.mark.parametrize(
+    ("rows", "context", "says"),
+    [
+        (9, None, "hold token 9, but the model's vocabulary has 9; tokenize with"),
+        (10, 7, "have 8 tokens, but the model's context is 7; lower window_tokens to 7 or less"),
+    ],
+)
+def test_windows_that_a_model_cannot_take_are_refused(
+    rows: int, context: int | None, says: str
+) -> None:
+    windows = torch.tensor([[2, 9, 4, 5, 6, 7, 8, 0]])
+    check_windows(windows, 10, None)
+    check_windows(windows, 10, 8)
+    check_windows(windows[:0], 0, 8)
+    with pytest.raises(DataError, match=says):
+        check_windows(windows, rows, context)

@@ -131,11 +131,13 @@ def test_logits_never_exceed_the_chunk(tiny):
         (torch.zeros(2, 1, dtype=torch.int64), r"shape \[2, 1\]"),
         (torch.zeros(8, dtype=torch.int64), r"shape \[8\]"),
         (torch.full((2, 8), 128), "hold token 128, but the model's vocabulary has 128"),
+        (torch.zeros(2, 65, dtype=torch.int64), "65 tokens, but the model's context is 64"),
     ],
 )
-def test_unusable_windows(windows, says, tiny):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_unusable_windows(windows, says, family, tiny):
     with pytest.raises(DataError, match=says):
-        perplexity(tiny("llama"), windows)
+        perplexity(tiny(family), windows)
 
 
 def test_a_loss_that_is_not_finite_is_an_error_and_the_model_is_restored(tiny):

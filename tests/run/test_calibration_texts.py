@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny_models import tiny_model
 from tests.tiny_runs import workplace_config, write_text
 
 from depthsearch.calibration.text import load_documents
@@ -66,6 +67,11 @@ def test_what_can_not_be_done_is_refused_with_what_is_allowed(
         texts(draws=100)
     with pytest.raises(DataError, match="every document is also in the calibration text"):
         texts(others=[session.documents])
+    small = replace(
+        session, loaded=replace(session.loaded, model=tiny_model("llama", vocab_size=80))
+    )
+    with pytest.raises(DataError, match="but the model's vocabulary has 80"):
+        check_texts(small, CheckOptions(), [], heldout)
     one = workplace_config(workplace, calibration={"select_tokens": 16})
     with pytest.raises(InputError, match="at least 2 windows of sample 1 text"):
         texts(one)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_models import tiny_model
 from tests.tiny_runs import workplace_config, write_config, write_workplace
 
 from depthsearch.config import load_config
@@ -71,6 +72,25 @@ class TestSplits:
         assert not torch.equal(first.finals, second.finals)
         assert first.fingerprint != second.fingerprint
         assert session.splits(0).fingerprint == first.fingerprint
+
+    @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+    def test_text_that_the_model_cannot_take_is_refused(
+        self, workplace: Path, session: Session, model_type: str
+    ) -> None:
+        def of_model(session: Session, **changes: Any) -> Session:
+            model = tiny_model(model_type, **changes)
+            return replace(session, loaded=replace(session.loaded, model=model))
+
+        tokens = dict.fromkeys(("select_tokens", "finals_tokens", "heldout_tokens"), 320)
+        windows = {"window_tokens": 160, "batch_tokens": 160, **tokens}
+        config = workplace_config(workplace, calibration=windows)
+        longer = replace(session, config=config)
+        with pytest.raises(DataError, match="160 tokens, but the model's context is 128; lower"):
+            of_model(longer).splits(0)
+        limit = "n_positions" if model_type == "gpt2" else "max_position_embeddings"
+        assert of_model(longer, **{limit: 160}).splits(0).window_tokens == 160
+        with pytest.raises(DataError, match="but the model's vocabulary has 80; tokenize with"):
+            of_model(session, vocab_size=80).splits(0)
 
     def test_backends_follow_the_configuration(self, session: Session) -> None:
         splits = session.splits(0)

@@ -203,6 +203,24 @@ def text_windows(documents: Documents, tokenizer: Any, window_tokens: int, token
     return packer.rows(stream, min(tokens // window_tokens, len(stream) // body))
 
 
+def check_windows(windows: Tensor, rows: int, context: int | None) -> None:
+    """Raise DataError for `windows` `[n, window]` of token ids that a model can't take.
+
+    `rows` is how many tokens it has embeddings for, `context` the most tokens of a window, None
+    where it sets no limit.
+    """
+    if context is not None and windows.shape[1] > context:
+        raise DataError(
+            f"the windows have {windows.shape[1]} tokens, but the model's context is {context}; "
+            f"lower window_tokens to {context} or less"
+        )
+    if len(windows) and (int(windows.max()) >= rows or int(windows.min()) < 0):
+        raise DataError(
+            f"the windows hold token {int(windows.max())}, but the model's vocabulary has {rows}; "
+            "tokenize with the model's own tokenizer"
+        )
+
+
 def batches(windows: Tensor, batch_tokens: int) -> tuple[Tensor, ...]:
     """Group `windows` `[n, window]` in order into batches of at most `batch_tokens` tokens.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthsearch.calibration.windows import batches
+from depthsearch.calibration.windows import batches, check_windows
 from depthsearch.errors import DataError, ModelError
 
 LOGITS_AT_ONCE = 1 << 23
@@ -50,8 +50,8 @@ def perplexity(
     vocabulary times tokens. A model that does not allow this is run whole, window by window.
     At most `logits_at_once` logits exist at a time. `on_progress(done, total)` counts windows.
 
-    Raises DataError for windows of the wrong shape or vocabulary, ModelError for a loss that is not
-    finite.
+    Raises DataError for windows of the wrong shape, length or vocabulary, ModelError for a loss
+    that is not finite.
     """
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise DataError(
@@ -59,11 +59,7 @@ def perplexity(
             "window of 2 tokens"
         )
     rows = model.get_input_embeddings().weight.shape[0]
-    if int(windows.max()) >= rows or int(windows.min()) < 0:
-        raise DataError(
-            f"the windows hold token {int(windows.max())}, but the model's vocabulary has {rows}; "
-            "tokenize with the model's own tokenizer"
-        )
+    check_windows(windows, rows, getattr(model.config, "max_position_embeddings", None))
     device = next(model.parameters()).device
     losses: list[float] = []
     training = model.training

@@ -102,6 +102,7 @@ def check_texts(
                 f"a check needs at least 2 windows of {text.name} text for its errors: raise "
                 f"calibration.{key}, or lower calibration.window_tokens"
             )
+        session.check_text(text.windows)
     return texts
 
 

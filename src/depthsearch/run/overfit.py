@@ -104,6 +104,7 @@ def overfit(
     if documents is not None:
         tokens = splits.heldout.numel()
         texts[OTHER] = text_windows(documents, session.loaded.tokenizer, window, tokens)
+        session.check_text(texts[OTHER])
     with torch.no_grad():
         rows = list(_rows(session, mask, _KINDS[kind], sizes, splits.fit, texts, stage))
     found = {

@@ -18,7 +18,7 @@ from depthsearch.calibration.objectives import OBJECTIVES, KLDivergence, Objecti
 from depthsearch.calibration.parallel import Pair
 from depthsearch.calibration.tasks import Task
 from depthsearch.calibration.text import Documents
-from depthsearch.calibration.windows import Other, Splits, make_splits
+from depthsearch.calibration.windows import Other, Splits, check_windows, make_splits
 from depthsearch.config import RunConfig, SearchConfig
 from depthsearch.errors import RunDirectoryError
 from depthsearch.evaluation import Backend, InProcess, Racing, Refitted, Streamed, Written
@@ -118,9 +118,10 @@ class Session:
         """Select and finals windows drawn by `seed`; the held-out ones never depend on it.
 
         `fit_tokens` of text for repairs instead of as much as the run takes; the others stay.
+        Raises DataError for too little text, and for text that the model can't take.
         """
         calibration = self.config.calibration
-        return make_splits(
+        splits = make_splits(
             self.documents,
             self.loaded.tokenizer,
             calibration.window_tokens,
@@ -132,6 +133,15 @@ class Session:
             self._fit_tokens if fit_tokens is None else fit_tokens,
             self.fit_other,
         )
+        self.check_text(splits.select, splits.finals, splits.heldout, splits.fit)
+        return splits
+
+    def check_text(self, *texts: torch.Tensor) -> None:
+        """Raise DataError for windows `[n, window]` that the model can't take."""
+        model = self.loaded.model
+        rows = model.get_input_embeddings().weight.shape[0]
+        for windows in texts:
+            check_windows(windows, rows, getattr(model.config, "max_position_embeddings", None))
 
     def check_model(self, best: Mapping[str, Any], run: Path) -> None:
         """Raise RunDirectoryError where the best.json of `run` is of another model."""
