@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from depthsearch.calibration import Documents, Splits, make_splits
 from depthsearch.calibration.windows import Other
 from depthsearch.errors import DataError
+from depthsearch.evaluation.fitting import HELD_BACK
 
 BOS, EOS = 2, 3
 OWN = Documents.of([" ".join([f"w{i}"] * 20) for i in range(60)], "own.txt")
@@ -26,34 +28,40 @@ def numbers(tokenizer: Any, windows: torch.Tensor) -> set[int]:
     return {int(tokenizer.decode([token]).strip()[1:]) for token in kept}
 
 
-@pytest.mark.parametrize(
-    ("share", "places"),
-    [
-        (0.5, "-x-x-x-x-x"),
-        (0.25, "---x---x--"),
-        (0.1, "---------x"),
-        (0.75, "-xxx-xxx-x"),
-        (1.0, "xxxxxxxxxx"),
-    ],
-)
-def test_a_share_is_spread_evenly(share: float, places: str) -> None:
-    assert "".join("-x"[theirs] for theirs in Other(OTHER, share).places(10)) == places
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.25, 0.4, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_share_is_spread_evenly_over_batches_that_are_held_back_and_others(
+    share: float, rows: int
+) -> None:
+    other = Other(OTHER, share)
+    places = other.places(160)
+    assert all(other.places(count) == places[:count] for count in range(160))
+    for start in range(0, 160, 20):
+        assert sum(places[: start + 20]) == int(share * (start + 20) + 1e-9)
+    every_fifth = [number // rows % HELD_BACK == HELD_BACK - 1 for number in range(160)]
+    for count in (32, 64, 160):
+        for held in (True, False):
+            part = [p for p, h in zip(places[:count], every_fifth, strict=False) if h is held]
+            assert abs(sum(part) - share * len(part)) <= 0.5 + math.sqrt(
+                share * (1 - share) * len(part)
+            )
 
 
 def test_windows_of_both_texts_stand_at_their_places(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer()
     plain, mixed = split(tokenizer, 128, None), split(tokenizer, 128, Other(OTHER, 0.5))
     assert mixed.fit.shape == plain.fit.shape == (16, 8)
+    theirs = torch.tensor(Other(OTHER, 0.5).places(16))
     # The windows of the run's own text are the first of those it has alone.
-    assert torch.equal(mixed.fit[0::2], plain.fit[:8])
-    assert min(numbers(tokenizer, mixed.fit[1::2])) >= 60
+    assert torch.equal(mixed.fit[~theirs], plain.fit[: int((~theirs).sum())])
+    assert min(numbers(tokenizer, mixed.fit[theirs])) >= 60
     for part in ("select", "finals", "heldout"):
         assert torch.equal(getattr(mixed, part), getattr(plain, part))
     assert mixed.fingerprint != plain.fingerprint
     # Less fit text is the first part of more.
     assert torch.equal(split(tokenizer, 64, Other(OTHER, 0.5)).fit, mixed.fit[:8])
     again = split(tokenizer, 128, Other(OTHER, 0.5), seed=1)
-    assert not torch.equal(again.fit[1::2], mixed.fit[1::2])
+    assert not torch.equal(again.fit[theirs], mixed.fit[theirs])
 
 
 def test_documents_that_are_judged_on_are_left_out(make_tokenizer: Any) -> None:

@@ -12,7 +12,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,10 @@ _DOCUMENTS_AT_ONCE = 64
 _ORDER = 2
 """Sets the order of the windows apart from other draws of one seed."""
 _OTHERS = 3
+_BLOCK = 20
+"""So many windows in a row have exactly their share of another text."""
+_PLACES_SEED = 2150
+"""Of thousands that were tried the one that spreads short texts of any share most evenly."""
 _EXACT = 1e-9
 """Keeps a share such as 0.1 of ten windows from falling below one by rounding."""
 
@@ -257,9 +260,20 @@ class Other:
     share: float
 
     def places(self, count: int) -> list[bool]:
-        """Which of `count` windows they are, evenly spread and the same for any first part."""
-        ends = [math.floor(self.share * place + _EXACT) for place in range(count + 1)]
-        return [after > before for before, after in pairwise(ends)]
+        """Which of `count` windows they are, the same for any first part.
+
+        Each block of 20 windows has its share of them, at places drawn anew: whoever takes every
+        fifth batch would else take all of them, or none.
+        """
+        found: list[bool] = []
+        while len(found) < count:
+            before, after = (
+                math.floor(self.share * end + _EXACT) for end in (len(found), len(found) + _BLOCK)
+            )
+            rng = np.random.default_rng([_PLACES_SEED, len(found) // _BLOCK])
+            drawn = rng.permutation(_BLOCK)
+            found += [bool(place < after - before) for place in drawn]
+        return found[:count]
 
     def mixed_into(
         self, own: Tensor, theirs: Sequence[bool], known: set[str], packer: _Packer, seed: int
