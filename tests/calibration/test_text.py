@@ -159,6 +159,11 @@ def test_damaged_files(kind, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_numbers_that_no_table_holds(tmp_path):
+    path = write(tmp_path / "data.json", number=[2**70, 1, 2])
+    assert "can't be read (Python int too large" in fails(path)
+
+
 def test_text_in_another_encoding(tmp_path):
     path = tmp_path / "data.txt"
     path.write_bytes("größer".encode("latin-1"))

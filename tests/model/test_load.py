@@ -122,8 +122,9 @@ def test_sharded_checkpoints(dense, tmp_path):
     shards[1].rename(path / "gone")
     assert f"1 of {len(shards)} weight files are missing (first: {shards[1].name})" in fails(path)
     assert len(loaded.fingerprint) == 64
-    (path / "model.safetensors.index.json").write_text('{"weight_map"')
-    assert "index.json can't be read" in fails(path)
+    for damaged in ('{"weight_map"', "[]", '{"weight_map": {"lm_head.weight": 3}}'):
+        (path / "model.safetensors.index.json").write_text(damaged)
+        assert "index.json can't be read" in fails(path)
 
 
 @pytest.mark.parametrize("keep", [0, 50, -1000], ids=["empty", "cut header", "cut weights"])
@@ -144,6 +145,14 @@ def test_weights_that_the_file_lacks_are_not_made_up(checkpoint, capfd):
 def test_weights_of_other_shapes(checkpoint):
     edit_config(checkpoint, hidden_size=16)
     assert "other shapes than config.json says" in fails(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pad_token_id": 64}, {"num_attention_heads": 0}, {"num_key_value_heads": 0}]
+)
+def test_settings_that_no_model_can_be_made_of(checkpoint, changes):
+    edit_config(checkpoint, **changes)
+    assert "can't be loaded" in fails(checkpoint)
 
 
 def test_config_without_weights(checkpoint):

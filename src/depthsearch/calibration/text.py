@@ -17,7 +17,15 @@ from depthsearch.sources import is_disk_full, is_path, one_line, quiet
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 _ALLOWED = "txt, jsonl, json, csv, parquet"
-_READ_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, StopIteration)
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    ArithmeticError,
+    RuntimeError,
+    StopIteration,
+)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ _FOREIGN_ERRORS = (
     TypeError,
     KeyError,
     AttributeError,
+    AssertionError,
+    ArithmeticError,
     ImportError,
     RuntimeError,
     SafetensorError,
@@ -224,7 +226,7 @@ def _local(source: str, cache_dir: str | Path | None) -> Path:
         raise ModelError(f"{source}: has no config.json; give the directory of a whole checkpoint")
     try:
         files = weight_files(path)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
             f"{source}: model.safetensors.index.json can't be read ({one_line(error)}); copy the "
             "checkpoint again"
