@@ -54,6 +54,15 @@ def test_size_of_a_checkpoint(tiny, tmp_path):
     assert measure_size(model).disk_bytes is None
 
 
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+def test_weights_in_files_that_are_not_loaded_do_not_count(shards, tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path, max_shard_size=shards)
+    loaded = disk_bytes(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"x" * 1000)
+    (tmp_path / "model.bin").write_bytes(b"x" * 1000)
+    assert disk_bytes(tmp_path) == loaded
+
+
 def test_no_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="holds no weights"):

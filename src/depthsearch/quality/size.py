@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from depthsearch.errors import ModelError
+from depthsearch.model.load import weight_files
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
 
@@ -50,16 +51,16 @@ def memory_bytes(model: Any) -> int:
 
 
 def disk_bytes(checkpoint: str | Path) -> int:
-    """Bytes of the weight files of a checkpoint directory, or of one weight file.
+    """Bytes of the weight files that are loaded from a checkpoint directory, or of one weight file.
 
     Raises ModelError where there are none.
     """
     path = Path(checkpoint)
     if path.is_file():
         return path.stat().st_size
-    # Checkpoints often carry the same weights in older formats too.
+    # Checkpoints often carry the same weights in other files and in older formats too.
     found = ([f for f in path.glob("*") if f.suffix == suffix] for suffix in WEIGHT_SUFFIXES)
-    files: list[Path] = next((files for files in found if files), [])
+    files: list[Path] = weight_files(path) or next((files for files in found if files), [])
     if not files:
         raise ModelError(
             f"{path}: holds no weights; give a directory with {', '.join(WEIGHT_SUFFIXES)} files"
