@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.evaluation.tiny_backends import tiny_backend
 from tests.tiny_models import keeping, save_tiny, tiny_ids, tiny_loaded, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -95,6 +96,32 @@ def test_an_export_of_repaired_weights_gives_the_repaired_logits(
         assert torch.equal(again(tiny_ids()).logits, repaired)
     assert patches
     assert not torch.allclose(cut, repaired, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_head_of_its_own_is_exported_though_the_config_says_tied(
+    model_type: str, tmp_path: Path
+) -> None:
+    base = save_tiny(tmp_path / "base", model_type, tie_word_embeddings=True)
+    weights = load_file(base / "model.safetensors")
+    (embeddings,) = (w for name, w in weights.items() if "embed_tokens" in name or "wte" in name)
+    weights["lm_head.weight"] = embeddings.flip(0).contiguous()
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    loaded = load_model(str(base), dtype="float32")
+    assert loaded.model.config.tie_word_embeddings
+    anatomy, mask = describe(loaded.model), keeping(PACKABLE)
+
+    result = export(loaded, anatomy, mask, tmp_path / "small")
+
+    assert result.verification is not None
+    assert result.verification.passed
+    assert loaded.model.config.tie_word_embeddings
+    again = AutoModelForCausalLM.from_pretrained(result.path, dtype=torch.float32)
+    assert not again.config.tie_word_embeddings
+    assert torch.equal(again.lm_head.weight, weights["lm_head.weight"])
+    with torch.no_grad(), masked(loaded.model, anatomy, mask):
+        expected = loaded.model(tiny_ids()).logits
+        assert torch.equal(again(tiny_ids()).logits, expected)
 
 
 def test_large_models_are_sharded(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ def small_model(loaded: LoadedModel, anatomy: Anatomy, plan: NativePlan) -> Any:
             "export can't carry: load the model without trust_remote_code"
         )
     config = truncated_config(dense.config, plan)
+    head = dense.get_output_embeddings()
+    if head is not None and head.weight is not dense.get_input_embeddings().weight:
+        # A checkpoint may say that they are tied and hold a head of its own, which is then loaded.
+        config.tie_word_embeddings = False
     state = truncated_state(dense, anatomy, plan)
     with torch.device("meta"):
         small: Any = family(config)
