@@ -63,6 +63,25 @@ def test_a_table_a_verdict_and_a_picture_in_the_report(run: Path, other: Path, c
     assert rows[1]["fit"]["kl"] < rows[1]["heldout"]["kl"]
 
 
+def test_other_text_is_judged_without_documents_of_the_run(
+    run: Path, other: Path, workplace: Path, tmp_path: Path, cli: Cli
+) -> None:
+    assert cli("overfit", run, "--fit", "128", "--other", other).code == 0
+    alone, mixed = rows_of(run), tmp_path / "mixed.txt"
+    own = (workplace / "text.txt").read_text(encoding="utf-8")
+    mixed.write_text(f"{own}\n\n{other.read_text(encoding='utf-8')}", encoding="utf-8")
+    assert cli("overfit", run, "--fit", "128", "--other", mixed).code == 0
+    assert rows_of(run) == alone
+    config = load_config(run / CONFIG)
+    texts = config.calibration.model_copy(update={"fit_text": str(other), "fit_share": 0.5})
+    fitted = shutil.copytree(run, tmp_path / "fitted")
+    changed = config.model_copy(update={"calibration": texts})
+    (fitted / CONFIG).write_text(resolved_yaml(changed), encoding="utf-8")
+    shown = cli("overfit", fitted, "--fit", "128", "--other", mixed)
+    assert shown.code == 2
+    assert "every document is also in" in shown.message
+
+
 def test_the_size_of_the_run_gives_the_weights_of_the_run(run: Path, cli: Cli) -> None:
     """The figures at the run's own size are those of the weights it left on the disk."""
     shown = cli("overfit", run, "--fit", "512", "--json")

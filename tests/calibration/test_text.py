@@ -87,6 +87,14 @@ def test_fingerprint_tells_texts_and_their_borders_apart():
     assert Documents.of(["ab"], "x").fingerprint == Documents.of(["ab"], "y").fingerprint
 
 
+def test_documents_without_those_of_others():
+    mine = Documents.of(["a", "b", "c", "b"], "mine")
+    assert mine.without(Documents.of(["c", "a"], "x")) == Documents.of(["b", "b"], "mine")
+    assert mine.without() == mine
+    with pytest.raises(DataError, match="mine: every document is also in x or y; give a text of"):
+        mine.without(Documents.of(["c", "a"], "x"), Documents.of(["b"], "y"))
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -47,6 +47,17 @@ class Documents:
             digest.update(encoded)
         return cls(texts, source, digest.hexdigest())
 
+    def without(self, *known: Documents) -> Documents:
+        """Those that none of `known` holds; raises DataError where nothing is left."""
+        texts = {text for documents in known for text in documents.texts}
+        fresh = [text for text in self.texts if text not in texts]
+        if not fresh:
+            sources = " or ".join(documents.source for documents in known)
+            raise DataError(
+                f"{self.source}: every document is also in {sources}; give a text of another kind"
+            )
+        return Documents.of(fresh, self.source)
+
 
 def load_documents(
     text: str, column: str | None = None, split: str = "train", subset: str | None = None

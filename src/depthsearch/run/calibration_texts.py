@@ -13,7 +13,7 @@ from torch import Tensor
 from depthsearch.calibration.text import Documents
 from depthsearch.calibration.windows import draw_windows, text_windows
 from depthsearch.config import CalibrationConfig
-from depthsearch.errors import ConfigError, DataError, InputError
+from depthsearch.errors import ConfigError, InputError
 from depthsearch.run.session import Session
 from depthsearch.run.stability import Kind
 
@@ -195,17 +195,11 @@ def _lengths(session: Session, options: CheckOptions) -> Iterator[Text]:
 
 def _others(session: Session, others: Sequence[Documents]) -> Iterator[Text]:
     """As much of each other text as a draw holds, without documents of the calibration text."""
-    calibration, ours = session.config.calibration, set(session.documents.texts)
+    calibration = session.config.calibration
     names: list[str] = []
     for other in others:
-        fresh = [text for text in other.texts if text not in ours]
-        if not fresh:
-            raise DataError(
-                f"{other.source}: every document is also in the calibration text; give a text of "
-                "another kind"
-            )
         windows = text_windows(
-            Documents.of(fresh, other.source),
+            other.without(session.documents),
             session.loaded.tokenizer,
             calibration.window_tokens,
             calibration.select_tokens,

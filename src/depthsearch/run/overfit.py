@@ -80,10 +80,10 @@ def overfit(
     """Repair the best mask of a finished run on each of `sizes` tokens, and judge it.
 
     It is judged on the fit text, on held-out text of the same source and, where given, on `other`
-    text (as much of it). `kind` is how it is repaired; left out, as the run repairs its result, or
-    `gap`. Returns plain data, also written to overfit.json in the run directory for its report.
-    Raises RunDirectoryError for an unfinished run, DataError for too little text or a wrong size,
-    UnsupportedModelError for streamed weights.
+    text (as much of it, without documents of the run's own texts). `kind` is how it is repaired;
+    left out, as the run repairs its result, or `gap`. Returns plain data, also written to
+    overfit.json in the run directory for its report. Raises RunDirectoryError for an unfinished
+    run, DataError for too little text or a wrong size, UnsupportedModelError for streamed weights.
     """
     stage = on_stage or (lambda *_: None)
     config, best = finished_run(run)
@@ -102,7 +102,9 @@ def overfit(
     splits = session.splits(config.search.seed, sizes[-1])
     texts = {HELDOUT: splits.heldout}
     if documents is not None:
-        tokens = splits.heldout.numel()
+        fitted = session.fit_other
+        known = (session.documents, *([] if fitted is None else [fitted.documents]))
+        documents, tokens = documents.without(*known), splits.heldout.numel()
         texts[OTHER] = text_windows(documents, session.loaded.tokenizer, window, tokens)
         session.check_text(texts[OTHER])
     with torch.no_grad():
