@@ -81,3 +81,27 @@ def test_another_kind_of_record_is_refused(tmp_path: Path) -> None:
             Ledger(journal).recall("hints", unexpected)
         with pytest.raises(JournalError, match=r"record 1: .*'end' .*'start'"):
             Ledger(journal).commit({"op": "end"})
+
+
+def test_a_run_has_a_name_that_no_other_has_and_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    for number in range(2):
+        path = tmp_path / f"{number}.jsonl"
+        monkeypatch.setattr("time.time", lambda number=number: 1e9 + number)
+        with Journal(path) as journal:
+            ledger = Ledger(journal)
+            assert ledger.run == ""
+            ledger.commit(START)
+            names.append(ledger.run)
+            ledger.recall("tell", lambda: LOSSES)
+            assert ledger.run == names[number]
+        for ended in (False, True):
+            with Journal(path) as journal:
+                ledger = Ledger(journal)
+                assert (ledger.run, ledger.finished) == (names[number], ended)
+                ledger.commit(START)
+                ledger.recall("tell", unexpected)
+                ledger.commit({"op": "end"})
+    assert len(set(names)) == 2

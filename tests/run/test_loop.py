@@ -13,7 +13,7 @@ import pytest
 from tests.run.synthetic import Search
 from tests.searchers.landscapes import toy
 
-from depthsearch.errors import JournalError, NothingFoundError
+from depthsearch.errors import ConfigError, JournalError, NothingFoundError
 from depthsearch.evaluation import Racing
 from depthsearch.journal import Journal, read_journal, without_times
 from depthsearch.run.loop import Outcome, Plan, Progress, choose
@@ -635,3 +635,34 @@ def test_a_search_with_its_own_storage_is_resumed(
     study = optuna.load_study(study_name=summary.study_name, storage=storage)
     done = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
     assert len({trial.user_attrs["mask"] for trial in done}) == outcome.evaluations
+
+
+def test_resuming_a_run_leaves_the_study_of_another_alone(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    plan = Plan("optuna", seed=5, max_evaluations=12, finalists=2, options={"storage": storage})
+    first = Search(tmp_path / "first.jsonl", plan)
+    outcome = first.run()
+    fresh = {"storage": storage, "fresh": True}
+    Search(tmp_path / "second.jsonl", replace(plan, seed=6, options=fresh)).run()
+
+    def trials() -> list[optuna.trial.FrozenTrial]:
+        return optuna.load_study(study_name="depthsearch", storage=storage).trials
+
+    of_second = trials()
+    whole = first.path.read_bytes()
+    assert first.run() == outcome
+    assert first.path.read_bytes() == whole
+    assert trials() == of_second
+    # The first run as if it had been killed before the second one took its study.
+    killed = b"".join(whole.splitlines(keepends=True)[:6])
+    first.path.write_bytes(killed)
+    for options in (plan.options, fresh):
+        with pytest.raises(ConfigError, match="not this run's any more: give another 'storage'"):
+            replace(first, plan=replace(plan, options=options)).run()
+    assert first.path.read_bytes() == killed
+    assert trials() == of_second
+    optuna.delete_study(study_name="depthsearch", storage=storage)
+    assert first.run() == outcome
+    keys = {trial.user_attrs["mask"] for trial in trials()}
+    assert keys != {trial.user_attrs["mask"] for trial in of_second}
+    assert len(keys) >= outcome.evaluations

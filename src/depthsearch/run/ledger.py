@@ -7,6 +7,7 @@ run again from the start, with the losses already known read instead of computed
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,6 +27,20 @@ class Ledger:
         self._on_record = on_record or (lambda *_: None)
         self._old = list(journal.records)
         self._place = 0
+        self._first: Record | None = next(iter(journal.records), None)
+
+    @property
+    def run(self) -> str:
+        """What names this run and no other, now and on resume; nothing before the first record."""
+        if self._first is None:
+            return ""
+        # It holds the time as well, so that of two runs of one configuration each has its own.
+        return hashlib.sha256(json.dumps(self._first, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search ended before: nothing is going to be appended."""
+        return bool(self._old) and self._old[-1].get("op") == "end"
 
     @property
     def replaying(self) -> bool:
@@ -40,7 +55,7 @@ class Ledger:
     def commit(self, record: Mapping[str, Any]) -> None:
         """Append `record`, or check it against the one already there; raises JournalError."""
         if not self.replaying:
-            self._on_record(self._journal.append(record), True)
+            self._append(record)
             return
         old = self._take()
         if old != json.loads(json.dumps(record)):
@@ -51,13 +66,18 @@ class Ledger:
         """The record of kind `op`: read if it is there, else computed and appended."""
         if not self.replaying:
             record = compute()
-            self._on_record(self._journal.append(record), True)
+            self._append(record)
             return dict(record)
         old = self._take()
         if old.get("op") != op:
             raise self._diverged(old, {"op": op})
         self._on_record(self._old[self._place - 1], False)
         return old
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        written = self._journal.append(record)
+        self._first = self._first or written
+        self._on_record(written, True)
 
     def _take(self) -> Record:
         old = {key: value for key, value in self._old[self._place].items() if key != "time"}

@@ -132,11 +132,13 @@ class SearchLoop:
         hints = self._hints()
         plan = self._plan
         options = dict(plan.options)
-        stored = options.get("storage") is not None and not options.get("shared")
-        if self._ledger.replaying and stored:
-            # A replay rebuilds what the killed process left in the searcher's own storage.
-            options["fresh"] = True
-        searcher = build_searcher(plan.method, self._space, hints, searcher_rng(plan.seed), options)
+        ledger, rng = self._ledger, searcher_rng(plan.seed)
+        if ledger.finished and options.get("storage") is not None and not options.get("shared"):
+            # What it left there is whole, and by now the name may be another run's.
+            options["storage"] = None
+        searcher = build_searcher(
+            plan.method, self._space, hints, rng, options, ledger.run, resumed=ledger.replaying
+        )
         shared = searcher if isinstance(searcher, SharedSearcher) else None
         if shared is not None:
             join(shared, self._ledger, start)

@@ -44,10 +44,21 @@ Options = Mapping[str, object]
 
 
 def build_searcher(
-    method: str, space: SearchSpace, hints: Hints, rng: np.random.Generator, options: Options
+    method: str,
+    space: SearchSpace,
+    hints: Hints,
+    rng: np.random.Generator,
+    options: Options,
+    run: str = "",
+    *,
+    resumed: bool = False,
 ) -> Searcher:
-    """The searcher of a method; raises ConfigError for an unknown method or a wrong option."""
-    found = _method(method)
+    """The searcher of a method; raises ConfigError for an unknown method or a wrong option.
+
+    `run` names the run in a storage of the searcher's own. One that is `resumed` builds up again
+    what it left there, and raises ConfigError where that is another run's by now.
+    """
+    found = _method(method, run, resumed)
     built = found.build(space, hints, rng, parse_options(found.options, method, options))
     return StagedSearcher(method, built) if isinstance(built, Generator) else built
 
@@ -135,7 +146,7 @@ SEARCHERS = (*_METHODS, "optuna")
 """The names of all methods."""
 
 
-def _method(name: str) -> Method:
+def _method(name: str, run: str = "", resumed: bool = False) -> Method:
     if name == "optuna":
         # Optuna is imported only by the searches that use it.
         from depthsearch.searchers.optuna_keys import OptunaSearcher
@@ -145,8 +156,9 @@ def _method(name: str) -> Method:
         def build(
             space: SearchSpace, hints: Hints, rng: np.random.Generator, options: OptunaOptions
         ) -> Searcher:
-            kind = SharedOptunaSearcher if options.shared else OptunaSearcher
-            return kind(space, hints, rng, options)
+            if options.shared:
+                return SharedOptunaSearcher(space, hints, rng, options)
+            return OptunaSearcher(space, hints, rng, options, run=run, resumed=resumed)
 
         return Method(OptunaOptions, build)
     if name not in _METHODS:

@@ -54,7 +54,8 @@ _WINDOWS = 0.25
 class OptunaSearcher:
     """A `Searcher` around an Optuna study; raises ConfigError where the study can't be made.
 
-    `stored` is where the trials are copied to; left out, the options' storage, if any.
+    `stored` is where the trials are copied to; left out, the options' storage, if any, as the study
+    of `run`, which may be `resumed`.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class OptunaSearcher:
         rng: np.random.Generator,
         options: OptunaOptions,
         stored: StoredStudy | None = None,
+        run: str = "",
+        resumed: bool = False,
     ) -> None:
         check_front(options, space)
         self._space = space
@@ -87,7 +90,7 @@ class OptunaSearcher:
             if space.front:
                 self._study.set_metric_names(list(objectives))
         if stored is None and options.storage is not None:
-            stored = StoredStudy(options, objectives=objectives)
+            stored = StoredStudy(options, run=run, objectives=objectives, resumed=resumed)
         self._stored = stored
         self._fresh = FreshAtAny(space, rng)
         self._known: dict[Mask, Evaluation] = {}

@@ -28,7 +28,7 @@ Search = Mapping[str, Any]
 _SEARCH = "depthsearch"
 """The study's attribute that holds the `Search`, on shared studies only."""
 _RUN = "run"
-"""The attribute of a shared study's trials that tells which run made them."""
+"""The attribute of a study, or of a shared study's trials, that tells which run made them."""
 _LOCKED_SECONDS = 60
 _OPENING_TRIES = 5
 
@@ -36,7 +36,8 @@ _OPENING_TRIES = 5
 class StoredStudy:
     """A study in a storage; raises ConfigError where it can't be had, StorageError later on.
 
-    `run` names the run that writes it where it is shared, `objectives` what the study minimizes.
+    `run` names the run that writes it, `objectives` what the study minimizes. A run that is
+    `resumed` makes its own study anew, unless that is shared.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class StoredStudy:
         search: Search | None = None,
         run: str = "",
         objectives: Sequence[str] = ("loss",),
+        resumed: bool = False,
     ) -> None:
         self._options = options
         self._search = search
@@ -52,7 +54,7 @@ class StoredStudy:
         with _opening(options):
             self._storage = _opened(options)
             if self._search is None:
-                _make_way(options, self._storage)
+                _make_way(options, self._storage, run if resumed else None)
             study = optuna.create_study(
                 study_name=options.study_name,
                 storage=self._storage,
@@ -62,6 +64,8 @@ class StoredStudy:
             if len(objectives) > 1:
                 study.set_metric_names(list(objectives))
             self._study = self._storage.get_study_id_from_name(study.study_name)
+            if self._search is None and run:
+                self._storage.set_study_user_attr(self._study, _RUN, run)
         self._ids: dict[int, int] = {}
         self._open: set[int] = set()
         self._seen: set[int] = set()
@@ -132,12 +136,13 @@ class StoredStudy:
             return self._storage.get_all_trials(self._study, deepcopy=False)
 
     def _create(self, trial: FrozenTrial) -> None:
+        own = {} if self._search is None else {_RUN: self._run}
         template = create_trial(
             state=trial.state,
             values=trial.values,
             params=trial.params,
             distributions=trial.distributions,
-            user_attrs=trial.user_attrs | ({_RUN: self._run} if self._run else {}),
+            user_attrs=trial.user_attrs | own,
         )
         place = self._storage.create_new_trial(self._study, template)
         self._ids[trial.number] = place
@@ -297,15 +302,31 @@ def _working(options: OptunaOptions) -> Iterator[None]:
         ) from error
 
 
-def _make_way(options: OptunaOptions, storage: BaseStorage) -> None:
+def _make_way(options: OptunaOptions, storage: BaseStorage, resumed: str | None) -> None:
     """Delete a study of this name that nobody needs: any if `fresh`, else one without a result.
 
     A search killed before its first losses leaves one without a result, and would else be in its
-    own way when it is resumed.
+    own way when it is resumed. Where the run `resumed` goes on after these, only its own.
     """
-    study = _in_the_way(options, storage)
-    if study is not None:
-        storage.delete_study(study)
+    found = _in_the_way(options, storage) if resumed is None else _left(options, storage, resumed)
+    if found is not None:
+        storage.delete_study(found)
+
+
+def _left(options: OptunaOptions, storage: BaseStorage, run: str) -> int | None:
+    """The study of this name, if any, that `run` left; raises ConfigError for one of another."""
+    study = _study_id(options.study_name, storage)
+    if study is None:
+        return None
+    attributes = storage.get_study_user_attrs(study)
+    # A process killed in between leaves one that holds nothing, not even a name.
+    empty = not attributes and not storage.get_all_trials(study, deepcopy=False)
+    if attributes.get(_RUN) != run and not empty:
+        raise ConfigError(
+            f"the study '{options.study_name}' in this storage is not this run's any more: give "
+            "another 'storage' in the config.yaml of this run, or delete the study, then resume"
+        )
+    return study
 
 
 def _in_the_way(options: OptunaOptions, storage: BaseStorage) -> int | None:
