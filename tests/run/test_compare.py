@@ -256,6 +256,26 @@ class TestRefusals:
             read_compare(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("cost", "refused"), [(None, "r"), ("w", None), ("r", "r"), (4000.0, None)]
+)
+def test_each_arm_ends(
+    workplace: Path, tmp_path: Path, cost: str | float | None, refused: str | None
+) -> None:
+    arms = {"w": {"method": "windows"}, "r": {"method": "random"}}
+    changes: dict[str, Any] = {
+        "search": {"max_evaluations": None},
+        "compare": {"arms": arms, "cost_tokens": cost},
+        "model": {"path": "./missing"},
+    }
+    kind: type[Exception] = ModelError
+    message = "no such file"
+    if refused is not None:
+        kind, message = ConfigError, rf"the arm '{refused}' \(random\) goes on until a limit"
+    with pytest.raises(kind, match=message):
+        compare(workplace_config(workplace, **changes), tmp_path / "out")
+
+
 def test_cost_may_be_fixed_or_left_to_the_search_section(
     session: Session, workplace: Path, tmp_path: Path
 ) -> None:

@@ -9,7 +9,13 @@ import pytest
 from tests.tiny_runs import workplace_config
 
 from depthsearch.config import load_config
-from depthsearch.errors import ConfigError, DataError, JournalError, RunDirectoryError
+from depthsearch.errors import (
+    ConfigError,
+    DataError,
+    JournalError,
+    ModelError,
+    RunDirectoryError,
+)
 from depthsearch.journal import read_journal, without_times
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL
 from depthsearch.run.search import resume, run_config, search
@@ -84,6 +90,20 @@ def test_every_method_finds_a_mask_on_budget(
     assert best["mask"] == outcome.best.key
     assert best["cost_tokens"] == outcome.cost_tokens
     assert best["evaluations"] <= 40
+
+
+def test_a_search_that_nothing_would_end_is_refused_first(workplace: Path, tmp_path: Path) -> None:
+    unlimited: dict[str, Any] = {"method": "surrogate", "max_evaluations": None}
+    config = workplace_config(workplace, search=unlimited, model={"path": "./missing"})
+    keys = r"\.cost_tokens, search\.max_evaluations or search\.patience"
+    with pytest.raises(ConfigError, match=rf"'surrogate' goes on until a limit .*{keys}"):
+        search(config, tmp_path / "run")
+    ends = [{"patience": 3}, {"cost_tokens": 1e5}, {"max_evaluations": 9}, {"method": "greedy"}]
+    for limit in ends:
+        changes = {"search": unlimited | limit, "model": {"path": "./missing"}}
+        with pytest.raises(ModelError):
+            search(workplace_config(workplace, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_directory_holds_everything(finished: Path, session: Session) -> None:

@@ -18,11 +18,12 @@ from landscapes import (
     digest,
     drive,
     proposals,
+    toy,
     unreliable,
 )
 
 from depthsearch.errors import ConfigError, InputError
-from depthsearch.searchers import SEARCHERS, Searcher, build_searcher
+from depthsearch.searchers import SEARCHERS, Searcher, build_searcher, needs_limit
 from depthsearch.space import Evaluation, Proposal, SearchSpace, Status
 
 Arm = tuple[str, dict[str, object]]
@@ -199,6 +200,16 @@ def test_stops_when_the_space_is_exhausted(arm: Arm, name: str) -> None:
     assert {p.mask for p in proposals(record) if p.final} == set(masks)
     assert searcher.ask().proposals == ()
     assert searcher.ask(3).proposals == ()
+
+
+# `exhaustive` refuses what it can't list.
+@pytest.mark.parametrize("method", [m for m in SEARCHERS if m != "exhaustive"])
+def test_what_ends_by_itself_needs_no_limit(method: str) -> None:
+    space = toy(10)
+    landscape, most = landscape_of(space), 100 if needs_limit(method) else 1000
+    searcher = build((method, {}), space, landscape)
+    record = drive(searcher, lambda p: landscape.evaluate(p.mask), limit=most)
+    assert (len(proposals(record)) >= most) == needs_limit(method)
 
 
 @every_front

@@ -9,6 +9,7 @@ at several, `budgets` is a list of such sections.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +37,7 @@ from depthsearch.run.directory import (
 )
 from depthsearch.run.heldout import Heldout, Measured, OnHeldout, measure
 from depthsearch.run.loop import OnProgress
-from depthsearch.run.search import Finish, resume, search
+from depthsearch.run.search import Finish, check_limit, resume, search
 from depthsearch.run.session import Session, check_search, opened
 from depthsearch.run.spaces import make_space
 from depthsearch.run.standing import NOTHING, measured_entry, ranks_of, section
@@ -75,6 +76,9 @@ def compare(
         check_repair(config, settings)
         check_gradients(config, settings)
         check_task(config, settings)
+    for run in arm_runs(config.compare):
+        # What the arm gets that waits for another's cost is a limit, whatever it is.
+        check_limit(arm_search(config, run, math.inf), run.arm)
     _check_out(config, out)
     with opened(config, session) as session:
         return _compare(config, out, session, on_arm, on_heldout, finish)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from depthsearch import __version__
 from depthsearch.calibration.windows import Splits
-from depthsearch.config import RunConfig, load_config, resolved_yaml
-from depthsearch.errors import RunDirectoryError, StorageError
+from depthsearch.config import RunConfig, SearchConfig, load_config, resolved_yaml
+from depthsearch.errors import ConfigError, RunDirectoryError, StorageError
 from depthsearch.evaluation import Backend
 from depthsearch.journal import Journal
 from depthsearch.model.patches import save_patches
@@ -33,7 +33,7 @@ from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, chec
 from depthsearch.run.session import Session, best_json, opened
 from depthsearch.run.sharing import search_identity
 from depthsearch.run.tracking import Tracker, open_tracker, tracked
-from depthsearch.searchers import check_storage
+from depthsearch.searchers import check_storage, needs_limit
 from depthsearch.space import Mask
 
 if TYPE_CHECKING:
@@ -60,11 +60,25 @@ def search(
     """
     if occupied(out):
         create_directory(out, {})
+    check_limit(config.search)
     tracker = tracker or open_tracker(config.tracking, out)
     with opened(config, session) as session:
         _check(session)
         create_directory(out, {CONFIG: resolved_yaml(config), JOURNAL: ""})
         return _continue(session, out, on_progress, finish, tracker)
+
+
+def check_limit(search: SearchConfig, arm: str | None = None) -> None:
+    """Refuse a search, or that of an arm, which nothing would end; raises ConfigError."""
+    limits = (search.cost_tokens, search.max_evaluations, search.patience)
+    if limits != (None, None, None) or not needs_limit(search.method):
+        return
+    who = f"the method '{search.method}'" if arm is None else f"the arm '{arm}' ({search.method})"
+    cost = "search.cost_tokens" if arm is None else "compare.cost_tokens to a number"
+    raise ConfigError(
+        f"{who} goes on until a limit ends it, and there is none: set {cost}, "
+        "search.max_evaluations or search.patience, such as --set search.patience=150"
+    )
 
 
 def _check(session: Session) -> None:

@@ -73,6 +73,14 @@ def needs_sensitivity(method: str) -> bool:
     return _method(method).sensitivity
 
 
+def needs_limit(method: str) -> bool:
+    """Whether a method goes on for as long as it may; raises ConfigError for no method.
+
+    It ends by itself only where the space is small enough to be searched whole.
+    """
+    return _method(method).endless
+
+
 def check_storage(
     method: str,
     options: Options,
@@ -99,16 +107,19 @@ def check_storage(
 class Method:
     """The options of a method, and what builds its searcher from them once they are parsed.
 
-    `sensitivity` says that its hints must hold one.
+    `sensitivity` says that its hints must hold one, `endless` that only a limit ends it.
     """
 
     options: type
     build: Callable[[SearchSpace, Hints, np.random.Generator, Any], Searcher | Plan]
     sensitivity: bool = False
+    endless: bool = False
 
 
 _METHODS: Mapping[str, Method] = {
-    "random": Method(RandomOptions, lambda space, _, rng, o: random_plan(space, rng, o)),
+    "random": Method(
+        RandomOptions, lambda space, _, rng, o: random_plan(space, rng, o), endless=True
+    ),
     "fixed": Method(FixedOptions, lambda space, _, __, o: fixed_plan(space, o)),
     "block_influence": Method(
         BlockInfluenceOptions, lambda space, hints, _, o: block_influence_plan(space, hints, o)
@@ -131,15 +142,15 @@ _METHODS: Mapping[str, Method] = {
     "windows": Method(WindowsOptions, lambda space, hints, _, o: windows_plan(space, hints, o)),
     "greedy": Method(GreedyOptions, greedy_plan),
     "beam": Method(BeamOptions, beam_plan),
-    "evolution": Method(EvolutionOptions, evolution_plan),
-    "front": Method(FrontOptions, front_plan),
+    "evolution": Method(EvolutionOptions, evolution_plan, endless=True),
+    "front": Method(FrontOptions, front_plan, endless=True),
     "evopress": Method(EvoPressOptions, lambda space, _, rng, o: evopress_plan(space, rng, o)),
-    "mcts": Method(MctsOptions, MctsSearcher),
+    "mcts": Method(MctsOptions, MctsSearcher, endless=True),
     # Listed at once, so that a space which is too large is refused before anything is evaluated.
     "exhaustive": Method(
         ExhaustiveOptions, lambda space, hints, _, o: exhaustive_plan(listed(space, hints, o), o)
     ),
-    "surrogate": Method(SurrogateOptions, surrogate_plan),
+    "surrogate": Method(SurrogateOptions, surrogate_plan, endless=True),
 }
 
 SEARCHERS = (*_METHODS, "optuna")
@@ -160,7 +171,7 @@ def _method(name: str, run: str = "", resumed: bool = False) -> Method:
                 return SharedOptunaSearcher(space, hints, rng, options)
             return OptunaSearcher(space, hints, rng, options, run=run, resumed=resumed)
 
-        return Method(OptunaOptions, build)
+        return Method(OptunaOptions, build, endless=True)
     if name not in _METHODS:
         raise ConfigError(
             f"unknown search method '{name}'{suggestion(name, SEARCHERS)} "
@@ -178,5 +189,6 @@ __all__ = [
     "check_options",
     "check_storage",
     "is_baseline",
+    "needs_limit",
     "needs_sensitivity",
 ]
