@@ -21,8 +21,8 @@ def written(path: Path, monkeypatch: pytest.MonkeyPatch, **plan: Any) -> tuple[A
     built: list[Any] = []
     build = loop.build_searcher
 
-    def kept(*arguments: Any) -> Any:
-        built.append(build(*arguments))
+    def kept(*arguments: Any, **further: Any) -> Any:
+        built.append(build(*arguments, **further))
         return built[-1]
 
     monkeypatch.setattr(loop, "build_searcher", kept)
