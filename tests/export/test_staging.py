@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from depthsearch.errors import ExportError, StorageError
-from depthsearch.export.staging import MANIFEST, require_room, set_aside, staged
+from depthsearch.export.staging import MANIFEST, check_target, require_room, set_aside, staged
 
 
 def test_the_directory_appears_at_the_end_only(tmp_path: Path) -> None:
@@ -59,6 +59,13 @@ def test_a_parent_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
         pass
 
     assert (tmp_path / "file").read_text(encoding="utf-8") == "x"
+
+
+def test_a_target_that_cannot_be_looked_at_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="can't be written") as caught:
+        check_target(tmp_path / ("x" * 300), overwrite=False)
+
+    assert "\n" not in str(caught.value)
 
 
 def test_a_failed_replacement_keeps_the_old_export(tmp_path: Path) -> None:

@@ -21,8 +21,16 @@ MANIFEST = "depthsearch.json"
 def check_target(out: Path, overwrite: bool) -> None:
     """Raise ExportError where `out` can't be written, before any work is done.
 
-    `overwrite` replaces an earlier export only, never a directory that holds something else.
+    `overwrite` replaces an earlier export only, never a directory that holds something else. Raises
+    StorageError where it can't be looked at.
     """
+    try:
+        _check_target(out, overwrite)
+    except OSError as error:
+        raise _storage_error(out, error) from error
+
+
+def _check_target(out: Path, overwrite: bool) -> None:
     if out.is_dir():
         if not any(out.iterdir()):
             return
