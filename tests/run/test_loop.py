@@ -16,7 +16,8 @@ from tests.searchers.landscapes import toy
 from depthsearch.errors import ConfigError, JournalError, NothingFoundError
 from depthsearch.evaluation import Racing
 from depthsearch.journal import Journal, read_journal, without_times
-from depthsearch.run.loop import Outcome, Plan, Progress, choose
+from depthsearch.run.choice import choose
+from depthsearch.run.loop import Outcome, Plan, Progress
 from depthsearch.searchers import SEARCHERS, is_baseline, needs_sensitivity
 from depthsearch.space import Budget, Evaluation, Mask, Status
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 from typing import Any, Literal
 
 from depthsearch.errors import ConfigError, NothingFoundError
 from depthsearch.evaluation import Backend, Racing, evaluate
-from depthsearch.evaluation.student import critical_value
+from depthsearch.run.choice import choose
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.points import Contest, Finalists, FrontPoint
 from depthsearch.run.replaying import ask_size, searcher_rng
@@ -34,8 +33,6 @@ from depthsearch.space import (
 
 _MOST_FAILURES = 100
 """Failed evaluations in a row after which a search gives up."""
-_CHANCE = 1 / 6
-"""How often, at most, one of several masks that are no better replaces a baseline."""
 _FEWEST_FINALISTS = 4
 """So many at least, besides those that are safe, are judged on all of the fresh text."""
 
@@ -469,31 +466,3 @@ def planned(backend: Backend, masks: Sequence[Mask], stages: Sequence[Stage] = (
         while cuts and cuts[0].share * sum(batches) <= done:
             rate = min(rate, cuts.pop(0).survivors * alone)
     return cost
-
-
-def choose(finals: Sequence[Evaluation], baselines: Sequence[Mask]) -> Evaluation:
-    """The finalist to return, from evaluations on data that no mask was selected on.
-
-    The best one, but the best baseline where the lead of the best one could be noise: a baseline
-    that is as good as all others is replaced in one case of six at the most (`_CHANCE`), however
-    many others there are (Student's t of the paired difference, Bonferroni). With a single sequence
-    the noise is not known and the baseline stays.
-    """
-    ranked = sorted(finals, key=lambda evaluation: evaluation.order)
-    best = ranked[0]
-    if best.status is not Status.OK:
-        raise NothingFoundError(
-            f"all {len(finals)} finalists failed on fresh data ({best.status}): the losses are not "
-            "finite or memory ran out"
-        )
-    safe = next((e for e in ranked if e.mask in baselines and e.status is Status.OK), None)
-    if safe is None or safe.mask == best.mask:
-        return best
-    differences = [a - b for a, b in zip(best.losses, safe.losses, strict=True)]
-    if len(differences) < 2:
-        return safe
-    mean = fmean(differences)
-    spread = math.fsum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
-    others = sum(evaluation.mask not in baselines for evaluation in finals)
-    bar = critical_value(_CHANCE / others, len(differences) - 1)
-    return best if mean < -bar * math.sqrt(spread / len(differences)) else safe

@@ -65,12 +65,11 @@ def outcome(summary: Rows, pairs: Rows) -> Outcome:
     if not simple or not searches:
         return Outcome("no rival")
     search, best = str(searches[0]["arm"]), str(simple[0]["arm"])
+    gain = _gain(best, search, pairs)
     if _worse(best, search, pairs):
         baselines = tuple(searches[0].get("baselines", ()))
         seeds = int(searches[0].get("seeds", 0))
-        gain = _gain(best, search, pairs)
         return Outcome("pays", search, best, *gain, baselines=baselines, seeds=seeds)
-    gain = _gain(best, search, pairs)
     wide = gain[2] is not None and gain[2] > SLIGHT * float(ranked[0]["heldout_kl_mean"])
     return Outcome("open" if wide else "enough", search, best, *gain)
 
