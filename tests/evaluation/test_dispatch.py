@@ -98,6 +98,25 @@ def test_a_poison_mask_is_given_up_by_name_and_all_else_is_computed(
         assert len(set(victims)) >= 2
 
 
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_a_mask_is_not_given_up_for_deaths_that_it_did_not_cause(workers: int) -> None:
+    """Two workers in a row are killed while they have it alone, in each of the batches."""
+    asked, deaths = masks(16), dict.fromkeys(range(3), 2)
+
+    def fates(worker: str, unit: Unit, rng: np.random.Generator) -> str:
+        if unit.masks == (asked[5],) and deaths[unit.batch]:
+            deaths[unit.batch] -= 1
+            return "lost"
+        return "lost" if asked[5] in unit.masks and len(unit.masks) > 1 else "done"
+
+    found = dispatcher(SimulatedCrew(workers, loss, fate=fates), restarts=20)
+
+    answers = [found.compute("t", batch, asked, sure=True) for batch in range(3)]
+    assert answers == expected(asked, 3)
+    assert not any(deaths.values())
+    assert not found.quarantined
+
+
 def test_workers_that_never_come_up_end_in_a_clear_error() -> None:
     class Stillborn(SimulatedCrew):
         def start(self, worker: str) -> None:

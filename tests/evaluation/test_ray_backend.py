@@ -153,8 +153,9 @@ def test_workers_killed_while_they_compute_change_nothing(
 ) -> None:
     session = replace(cluster_of_one, config=on_ray(workplace))
     session.backend(session.splits(0).select, 0)
-    until_joined(session, 2)
     crew, killed = crew_of(session), []
+    crew.grow(2)
+    until_joined(session, 2)
     ended = threading.Event()
 
     def murder() -> None:

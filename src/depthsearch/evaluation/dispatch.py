@@ -34,7 +34,13 @@ from depthsearch.space import Mask, Status
 QUEUED = 2
 """Units a worker holds at most: the one it computes and the next."""
 
-_ALONE_TRIES = 2
+_FAILURES = 2
+_DEATHS = 3
+"""Failures or deaths in a row that a mask alone is given up after.
+
+A worker may die for another reason: its node was taken away, somebody else's job took the memory.
+"""
+
 _IDLE = Load()
 
 
@@ -327,7 +333,7 @@ class Dispatcher:
             self._refused.clear()
             self._place(worker)
         elif isinstance(event, Lost):
-            self._lose(worker, event.reason, Status.FAILED)
+            self._lose(worker, event.reason, Status.FAILED, _DEATHS)
         else:
             self._finish(worker, event)
 
@@ -339,7 +345,7 @@ class Dispatcher:
         worker.since = self._clock()
         self._place(worker)
         if isinstance(event, Failed):
-            self._suspect(unit, worker.name, event.reason, Status.FAILED)
+            self._suspect(unit, worker.name, event.reason, Status.FAILED, _FAILURES)
             return
         self._places[worker.place].fruitless = 0
         worker.units += 1
@@ -348,9 +354,10 @@ class Dispatcher:
         self._progress.finished(unit.work, event.seconds)
         self._tried.pop(unit.number, None)
         for mask, answer in zip(unit.masks, event.answers, strict=True):
+            self._alone.pop(mask, None)
             self._settle(unit, mask, answer)
 
-    def _lose(self, worker: _Worker, reason: str, status: Status) -> None:
+    def _lose(self, worker: _Worker, reason: str, status: Status, tries: int) -> None:
         """Bury a worker: the unit it computed is suspect, the one queued behind is not."""
         del self._workers[worker.name]
         self._progress.change(worker.load, _IDLE)
@@ -364,7 +371,7 @@ class Dispatcher:
         place.fruitless += 1
         for position, unit in enumerate(worker.held):
             if position == 0:
-                self._suspect(unit, worker.name, reason, status)
+                self._suspect(unit, worker.name, reason, status, tries)
             else:
                 self._reissue(unit, unit.masks, self._tried.pop(unit.number, frozenset()))
         if place.fruitless <= self._limits.restarts:
@@ -377,10 +384,10 @@ class Dispatcher:
         self._workers[name] = _Worker(name, place)
         self._crew.start(name)
 
-    def _suspect(self, unit: Unit, worker: str, reason: str, status: Status) -> None:
-        """Try a unit again whole, then in halves; a mask alone that two workers fail is given up.
+    def _suspect(self, unit: Unit, worker: str, reason: str, status: Status, tries: int) -> None:
+        """Try a unit again whole, then in halves; a mask alone is given up after so many tries.
 
-        One worker fails it twice where there is no other.
+        Two workers at least have failed it then, where there is another.
         """
         tried = self._tried.pop(unit.number, frozenset())
         if len(unit.masks) == 1:
@@ -388,7 +395,7 @@ class Dispatcher:
             alone = self._alone.setdefault(mask, [])
             alone.append(worker)
             two = len(set(alone)) > 1 or set(alone).issuperset(self._workers)
-            if len(alone) >= _ALONE_TRIES and two:
+            if len(alone) >= tries and two:
                 self._quarantine(mask, status, reason)
                 return
         half = len(unit.masks) // 2 if tried else 0
@@ -428,7 +435,7 @@ class Dispatcher:
             if worker.held and now - worker.since >= self._limits.unit_timeout_s:
                 self._crew.kill(worker.name)
                 reason = f"no answer in {self._limits.unit_timeout_s:g} s"
-                self._lose(worker, reason, Status.TIMED_OUT)
+                self._lose(worker, reason, Status.TIMED_OUT, _FAILURES)
 
     def _check_alive(self) -> None:
         if self.ready:
