@@ -13,6 +13,7 @@ from torch import Tensor
 from depthsearch.calibration.parallel import Pair
 from depthsearch.calibration.windows import opening_tokens
 from depthsearch.errors import DataError
+from depthsearch.model.anatomy import context_window
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,12 @@ def _fitting(
     task = Task(prompts, references, max_new_tokens, ends, tokenizer)
     if not min(map(len, prompts)):
         raise DataError("a prompt has no tokens: give calibration.prompt some text of its own")
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None and task.longest + max_new_tokens > int(room):
+    room = context_window(model)
+    if room is not None and task.longest + max_new_tokens > room:
         shorter = "window_tokens" if references is None else "prompt, or leave long texts out"
         raise DataError(
             f"a prompt of {task.longest:,} tokens and objective.max_new_tokens = "
-            f"{max_new_tokens:,} more do not fit into the model's context of {int(room):,} tokens: "
+            f"{max_new_tokens:,} more do not fit into the model's context of {room:,} tokens: "
             f"lower max_new_tokens, or shorten calibration.{shorter}"
         )
     return task

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from depthsearch.errors import ExportError, StorageError
 from depthsearch.export import probe
-from depthsearch.model.anatomy import Anatomy
+from depthsearch.model.anatomy import Anatomy, context_window
 from depthsearch.model.load import LoadedModel
 from depthsearch.model.switches import masked
 from depthsearch.sources import one_line, quiet
@@ -165,8 +165,8 @@ def random_ids(model: Any, new_tokens: int) -> Tensor:
     """Seeded random ids `[2, seq]` that fit the model's context, fewer for a large vocabulary."""
     config = model.config
     prompt = int(np.clip(2**24 // config.vocab_size, 48, 128))
-    room = getattr(config, "max_position_embeddings", None) or prompt + new_tokens
-    prompt = max(2, min(prompt, int(room) - new_tokens))
+    room = context_window(model) or prompt + new_tokens
+    prompt = max(2, min(prompt, room - new_tokens))
     ids = np.random.default_rng(0).integers(
         0, config.vocab_size, size=(_ROWS, prompt + new_tokens), dtype=np.int64
     )

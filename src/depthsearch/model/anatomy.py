@@ -91,6 +91,12 @@ def describe(model: nn.Module) -> Anatomy:
     return Anatomy(model_type, name, Stack("decoder", path, row, len(blocks)), sites)
 
 
+def context_window(model: Any) -> int | None:
+    """The most tokens that the model takes, prompt and answer, None if its config sets no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     for path, module in model.named_modules():
         if (

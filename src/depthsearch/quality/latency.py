@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from depthsearch.errors import ModelError
-from depthsearch.model.anatomy import Anatomy
+from depthsearch.model.anatomy import Anatomy, context_window
 from depthsearch.model.families import FamilyRow
 
 OnSteps = Callable[[int, int], None]
@@ -180,8 +180,8 @@ class _Decoder:
         for what, value in (("context_tokens", context_tokens), ("repeats", repeats)):
             if value < 1:
                 raise ModelError(f"{what} is {value}; allowed: 1 or more")
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and context_tokens >= limit:
+        limit = context_window(model)
+        if limit is not None and context_tokens >= limit:
             raise ModelError(
                 f"{name}: a context of {context_tokens} tokens and one more exceed the model's "
                 f"{limit} positions; lower context_tokens"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from depthsearch.calibration.windows import batches, check_windows
 from depthsearch.errors import DataError, ModelError
+from depthsearch.model.anatomy import context_window
 
 LOGITS_AT_ONCE = 1 << 23
 """Logits held at a time: 32 MiB in float32, whatever the vocabulary."""
@@ -59,7 +60,7 @@ def perplexity(
             "window of 2 tokens"
         )
     rows = model.get_input_embeddings().weight.shape[0]
-    check_windows(windows, rows, getattr(model.config, "max_position_embeddings", None))
+    check_windows(windows, rows, context_window(model))
     device = next(model.parameters()).device
     losses: list[float] = []
     training = model.training

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from depthsearch.errors import DepthsearchError, ModelError
+from depthsearch.model.anatomy import context_window
 from depthsearch.model.load import load_model
 from depthsearch.quality.size import memory_bytes
 from depthsearch.sources import one_line
@@ -198,8 +199,8 @@ def _resident_peak_bytes() -> int:
 
 
 def _check_length(name: str, model: Any, tokens: int) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and tokens > limit:
+    limit = context_window(model)
+    if limit is not None and tokens > limit:
         raise ModelError(
             f"{name}: {tokens} tokens of prompt and answer exceed the model's {limit} positions; "
             "lower prompt_tokens or new_tokens"

@@ -14,6 +14,7 @@ from depthsearch.calibration.text import Documents
 from depthsearch.calibration.windows import draw_windows, text_windows
 from depthsearch.config import CalibrationConfig
 from depthsearch.errors import ConfigError, InputError
+from depthsearch.model.anatomy import context_window
 from depthsearch.run.session import Session
 from depthsearch.run.stability import Kind
 
@@ -177,9 +178,9 @@ def _drawn(session: Session, window_tokens: int, draws: int) -> tuple[Tensor, ..
 def _lengths(session: Session, options: CheckOptions) -> Iterator[Text]:
     """The text of the first draw in windows of other lengths."""
     calibration, asked = session.config.calibration, options.lengths
-    room = getattr(session.loaded.model.config, "max_position_embeddings", None)
+    room = context_window(session.loaded.model)
     longest = calibration.select_tokens // (2 if asked is not None else _FEWEST_WINDOWS)
-    if isinstance(room, int):
+    if room is not None:
         longest = min(longest, room)
     for length in asked or ():
         if not 2 <= length <= longest:

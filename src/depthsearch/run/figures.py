@@ -13,6 +13,7 @@ from depthsearch.calibration.text import load_documents
 from depthsearch.calibration.windows import text_windows
 from depthsearch.config import RunConfig, to_yaml
 from depthsearch.export import CardData, ExportResult, Figure, export
+from depthsearch.model.anatomy import context_window
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.model.patches import load_patches
 from depthsearch.model.repair import Patch
@@ -255,8 +256,8 @@ def measure_beside(
 
 def _prompt_tokens(models: Iterable[LoadedModel]) -> int:
     """The usual prompt, or the longest that every model has room for before its answer."""
-    limits = [getattr(m.model.config, "max_position_embeddings", None) for m in models]
-    room = min((limit for limit in limits if isinstance(limit, int)), default=_PROMPT_TOKENS * 2)
+    limits = [context_window(loaded.model) for loaded in models]
+    room = min((limit for limit in limits if limit is not None), default=_PROMPT_TOKENS * 2)
     return max(1, min(_PROMPT_TOKENS, room - _NEW_TOKENS))
 
 

@@ -24,7 +24,7 @@ from depthsearch.errors import RunDirectoryError
 from depthsearch.evaluation import Backend, InProcess, Racing, Refitted, Streamed, Written
 from depthsearch.evaluation.refitted import repairing
 from depthsearch.evaluation.turns import Repair
-from depthsearch.model.anatomy import Anatomy, describe
+from depthsearch.model.anatomy import Anatomy, context_window, describe
 from depthsearch.model.load import (
     LoadedModel,
     checkpoint_folder,
@@ -141,7 +141,7 @@ class Session:
         model = self.loaded.model
         rows = model.get_input_embeddings().weight.shape[0]
         for windows in texts:
-            check_windows(windows, rows, getattr(model.config, "max_position_embeddings", None))
+            check_windows(windows, rows, context_window(model))
 
     def check_model(self, best: Mapping[str, Any], run: Path) -> None:
         """Raise RunDirectoryError where the best.json of `run` is of another model."""
