@@ -313,6 +313,13 @@ def test_names_of_arms_that_can_name_a_folder(write: Write) -> None:
     assert list(compare.arms) == sorted(names)
 
 
+@pytest.mark.parametrize("name", ["ä" * 76, "x" * 151])
+def test_names_of_arms_that_no_file_system_holds(name: str, write: Write) -> None:
+    given = {"compare": {"arms": {name: {"method": "windows"}}}}
+    with pytest.raises(ConfigError, match="must have at most 150 bytes"):
+        load_config(write(MINIMAL + yaml.safe_dump(given, allow_unicode=True)))
+
+
 def test_every_key_of_the_schema_explains_itself() -> None:
     schema = RunConfig.model_json_schema()
     for name, section in {**schema["$defs"], "RunConfig": schema}.items():

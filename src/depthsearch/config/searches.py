@@ -22,6 +22,9 @@ Finish = Literal["none", "gap", "sequential"]
 Loss = Literal["kl", "cross_entropy", "angular", "norm", "js", "chrf"]
 
 _NAME = re.compile(r"[^\W_][\w .+,=()-]*")
+_LONGEST_NAME = 150
+"""Bytes of an arm's name: folders hold 255, and a seed and a budget follow."""
+
 _FINALISTS = 16
 _DEAR_FINALISTS = 8
 """Where each is fitted on far more text than it is judged on, or every budget has its own."""
@@ -43,6 +46,8 @@ def _named(name: str) -> str:
             "must begin with a letter or digit and go on with letters, digits, spaces and "
             "_ . + - , = ( ), since it names folders"
         )
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"must have at most {_LONGEST_NAME} bytes, since it names folders")
     return name
 
 
