@@ -167,7 +167,9 @@ def compare_table(result: Mapping[str, Any]) -> Table:
     table.add_column("arm")
     repaired = any(row["repaired"] for row in result["summary"])
     cut = ("KL as cut",) if repaired else ()
-    for title in ("KL [95 % interval]", *cut, "CE, nats", "cost", "masks", "time"):
+    # In a narrow terminal the interval goes below the mean before the arm's name has no room.
+    table.add_column("KL [95 % interval]", justify="right", no_wrap=not repaired)
+    for title in (*cut, "CE, nats", "cost", "masks", "time"):
         table.add_column(title, justify="right", no_wrap=True)
     blank = ("0",) if repaired else ()
     table.add_row("dense model", "0", *blank, f"{result['dense']['heldout_ce']:.4f}", "", "", "")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tests.tiny_models import save_tiny
 from tests.tiny_runs import workplace_config
@@ -160,8 +162,11 @@ def test_a_comparison_judges_each_arm_with_its_own_weights(
         assert found[name]["repair"]["kind"] == "gap"
         assert found[name]["heldout_kl"] < found[name]["cut_kl"]
     assert found["afterwards"]["cost_tokens"] < found["inside"]["cost_tokens"]
-    titles = [str(column.header) for column in compare_table(result).columns]
-    assert "KL as cut" in titles
+    table = compare_table(result)
+    assert "KL as cut" in [str(column.header) for column in table.columns]
+    narrow = Console(width=80, file=StringIO(), record=True)
+    narrow.print(table)
+    assert set(arms) <= set(re.findall(r"│ ([a-z ]+?) +│", narrow.export_text()))
     assert "Held-out KL as cut" in summary_table(result).columns
 
 
