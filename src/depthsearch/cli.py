@@ -60,7 +60,7 @@ def inspect(
 ) -> None:
     """Show a model's sites, what each one costs, and whether masking it is exact."""
     from depthsearch.run.inspection import inspect_model
-    from depthsearch.terminal import inspection_tables
+    from depthsearch.tables import inspection_tables
 
     found = inspect_model(
         model,
@@ -90,7 +90,8 @@ def latency(
     Searches with a keep_latency budget count in the table that this writes (space.latency).
     """
     from depthsearch.run.latency import write_latency
-    from depthsearch.terminal import latency_lines, stage_bar
+    from depthsearch.tables import latency_lines
+    from depthsearch.terminal import stage_bar
 
     with stage_bar() as bar:
         found = write_latency(
@@ -145,7 +146,8 @@ def compare(config: Config, out: Out, override: Set = None, as_json: Json = Fals
     from depthsearch.config import load_config
     from depthsearch.report import compare_report, write_report
     from depthsearch.run.compare import compare as run_compare
-    from depthsearch.terminal import arm_bars, compare_lines
+    from depthsearch.tables import compare_lines
+    from depthsearch.terminal import arm_bars
 
     settings = load_config(config, override or [])
     with arm_bars() as (on_arm, on_heldout):
@@ -175,7 +177,8 @@ def export(
 ) -> None:
     """Write the best mask of a run as a smaller checkpoint, proven equal to the masked model."""
     from depthsearch.run.figures import export_run
-    from depthsearch.terminal import figures_table, prediction_text, stage_bar
+    from depthsearch.tables import figures_table, prediction_text
+    from depthsearch.terminal import stage_bar
 
     if point is not None and budget is not None:
         raise InputError("--point and --budget name the same thing: give one of them")
@@ -204,7 +207,7 @@ def export(
 def front(run: Run, as_json: Json = False) -> None:
     """List the points of a run over several budgets: the best mask at each, by number."""
     from depthsearch.run.front import read_front
-    from depthsearch.terminal import front_table
+    from depthsearch.tables import front_table
 
     present(read_front(run), as_json, lambda data: [front_table(data)])
 
@@ -229,7 +232,8 @@ def evaluate(
 ) -> None:
     """Measure perplexity, size, speed and memory of a checkpoint."""
     from depthsearch.run.figures import evaluate_checkpoint
-    from depthsearch.terminal import figures_table, stage_bar
+    from depthsearch.tables import figures_table
+    from depthsearch.terminal import stage_bar
 
     with stage_bar() as bar:
         found = evaluate_checkpoint(
@@ -344,7 +348,8 @@ def feed(
     Simulates them on what the search asked for, finished or not; needs no model and no cluster.
     """
     from depthsearch.run.feeding import feeding, parse_counts
-    from depthsearch.terminal import feeding_table, stage_bar
+    from depthsearch.tables import feeding_table
+    from depthsearch.terminal import stage_bar
 
     counts = parse_counts(workers)
     with stage_bar() as bar:
@@ -375,7 +380,8 @@ def overfit(
     from depthsearch.report import write_report
     from depthsearch.run.overfit import overfit as run_overfit
     from depthsearch.run.overfit import parse_sizes
-    from depthsearch.terminal import overfit_table, stage_bar
+    from depthsearch.tables import overfit_table
+    from depthsearch.terminal import stage_bar
 
     sizes = parse_sizes(fit)
     with stage_bar() as bar:
@@ -422,7 +428,8 @@ def calibrate_check(
     from depthsearch.report import calibration_report
     from depthsearch.run.calibration_check import check_calibration
     from depthsearch.run.calibration_texts import CheckOptions, other_texts, parse_numbers
-    from depthsearch.terminal import calibration_tables, stage_bar
+    from depthsearch.tables import calibration_tables
+    from depthsearch.terminal import stage_bar
 
     options = CheckOptions(
         masks, draws, folds, parse_numbers(lengths, "lengths"), parse_numbers(sizes, "sizes")

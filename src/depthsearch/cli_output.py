@@ -43,7 +43,8 @@ def say(text: str, quiet_please: bool = False) -> None:
 def finished(run: Path) -> None:
     """Print the result of a run that has ended."""
     from depthsearch.run.directory import BEST, FRONT, REPORT, read_json
-    from depthsearch.terminal import best_table, front_table, results
+    from depthsearch.tables import best_table, front_table
+    from depthsearch.terminal import results
 
     results.print(best_table(read_json(run / BEST, "the run has not finished")))
     if (run / FRONT).is_file():

@@ -28,7 +28,7 @@ from depthsearch.run.figures import export_run
 from depthsearch.run.search import resume, search
 from depthsearch.run.session import Session
 from depthsearch.space import Mask
-from depthsearch.terminal import compare_table
+from depthsearch.tables import compare_table
 
 SEARCH = {"max_evaluations": 12, "finalists": 2, "repair": "gap", "finish": "sequential"}
 
