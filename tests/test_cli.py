@@ -166,6 +166,11 @@ BAD_SEARCHES: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "wrong value": (nothing, ["search.seed=-1"], "search.seed is -1"),
     "wrong method": (nothing, ["search.method=evolutoin"], "did you mean 'evolution'"),
     "wrong option": (nothing, ["search.options={parants: 3}"], "did you mean 'parents'"),
+    "endless option value": (
+        nothing,
+        ["search={method: mcts, max_evaluations: 9, options: {exploration: .inf}}"],
+        "takes a number: got inf",
+    ),
     "wrong option value": (nothing, ["search.options={parents: 0}"], "at least 1: got 0"),
     "budget out of reach": (
         nothing,
@@ -236,6 +241,9 @@ class TestBadInput:
             (["export", tmp_path, tmp_path / "small"], "is not a run directory"),
             (["report", tmp_path], "is not a run directory"),
             (["report", tmp_path / "missing"], "is not a run directory"),
+            (["report", tmp_path / ("x" * 300)], "File name too long"),
+            (["resume", tmp_path / ("x" * 300)], "File name too long"),
+            (["watch", tmp_path / ("x" * 300), "--once"], "File name too long"),
             (["evaluate", model, "--text", tmp_path / "missing.txt"], "no such file"),
             (["evaluate", model, "--text", tmp_path / "empty.txt"], "holds no text"),
             (["evaluate", model, "--text", text, "--column", "body"], "'body'"),
@@ -246,6 +254,14 @@ class TestBadInput:
             assert found.code == 2, arguments
             assert message in found.message
         assert listing(tmp_path) == before
+
+    def test_names_in_square_brackets_are_printed_as_they_are(
+        self, cli: Cli, workplace: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "own[v2][b]:smile:.jsonl"
+        found = cli("generate", workplace / "model", out, "--tokens", 20, "--window-tokens", 10)
+        assert found.code == 0
+        assert str(out) in found.out
 
     def test_one_line_from_a_real_start_command(self, workplace: Path, tmp_path: Path) -> None:
         arguments = ("--out", tmp_path / "run", "--set", "model.path=./missing")

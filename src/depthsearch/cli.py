@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,7 @@ from depthsearch.errors import DepthsearchError, InputError, StorageError
 from depthsearch.sources import is_disk_full, quiet
 
 _INTERRUPTED = 130
+_OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
 # Read by OpenMP when torch is first imported. Threads that spin while they wait make a search
 # several times slower as soon as anything else runs on the machine.
@@ -313,7 +315,9 @@ def report(
 def watch(
     run: Annotated[Path, typer.Argument(help="Run directory, or directory of a comparison.")],
     once: Annotated[bool, typer.Option("--once", help="Show one state and end.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=86400, help="Seconds between two looks.")
+    ] = 2.0,
     as_json: Json = False,
 ) -> None:
     """Show where a search or comparison stands, from any machine that sees its directory.
@@ -471,9 +475,11 @@ def main() -> None:
             _INTERRUPTED,
         )
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            fail(f"the disk is full: {error}", StorageError.exit_code)
+        if error.errno not in _OUT_OF_REACH or error.filename is None:
             raise
-        fail(f"the disk is full: {error}", StorageError.exit_code)
+        fail(f"cannot look at {error.filename}: {error.strerror}", StorageError.exit_code)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from depthsearch.run.watching import CompareState, RunState, Watcher, Workers
 
-_console = Console(highlight=False, soft_wrap=True)
+_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 _SHOWN_QUARANTINED = 3
 
 

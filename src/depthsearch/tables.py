@@ -136,13 +136,13 @@ def standing_table(part: Mapping[str, Any], title: str) -> Table:
     table = Table(title=title)
     table.add_column("arm")
     rows = {row["arm"]: row for row in part.get("summary", ())}
-    titles = ("mean rank [95 %]", "P(best)", *(("search loss", "gap") if rows else ()))
+    titles = ("mean rank [95 %]", "first", *(("search loss", "gap") if rows else ()))
     for name in titles:
         table.add_column(name, justify="right", no_wrap=True)
     for rank in part["ranks"]:
         cells = [
             f"{rank['rank_mean']:.2f} [{rank['rank_low']:.2f}, {rank['rank_high']:.2f}]",
-            f"{rank['best_probability']:.2f}",
+            f"{100 * rank['first_share']:.0f} %",
         ]
         row = rows.get(rank["arm"])
         if row is not None:

@@ -21,10 +21,10 @@ from depthsearch.run.heldout import OnHeldout
 from depthsearch.run.loop import OnProgress
 from depthsearch.run.loop import Progress as SearchProgress
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 """For what is read while one waits."""
 
-results = Console(highlight=False, soft_wrap=True)
+results = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 """For what a command was called for; nothing else goes to standard output."""
 
 
@@ -69,11 +69,11 @@ def stage_bar() -> Iterator[Any]:
 def _bar(detail: str) -> Iterator[Progress]:
     # Few and narrow columns, so that the time left shows on a terminal of 80 characters.
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=10),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        *([TextColumn(detail)] if detail else []),
+        *([TextColumn(detail, markup=False)] if detail else []),
         console=console,
     )
     progress.start()

@@ -184,6 +184,8 @@ def test_paths_are_looked_for_in_the_working_directory_too(
         ("search", ["--set search", "key=value"]),
         ("search.=3", ["key=value"]),
         ("search.seed=[", ["--set search.seed=[", "not valid YAML"]),
+        pytest.param(f"search.seed={'[' * 3000}", ["nested too deeply"], id="nested"),
+        ("cluster.threads=100000", ["cluster.threads is 100000", "less than or equal to 4096"]),
     ],
 )
 def test_one_line_names_key_value_and_what_is_allowed(

@@ -46,6 +46,7 @@ def test_caps_with_units(text: str, metric: str, amount: int) -> None:
         ("180M", "bytes"),
         ("3GB", "flops"),
         ("-1M", "params"),
+        (f"{10**400}M", "params"),
         ("M", "params"),
         ("", "bytes"),
         ("0.1B", "bytes"),

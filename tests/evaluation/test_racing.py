@@ -55,6 +55,9 @@ class Table:
     def plan(self, masks: Sequence[Mask]) -> float:
         return float(SEQUENCES * TOKENS * len(masks))
 
+    def once(self, masks: Sequence[Mask]) -> float:
+        return 0.0
+
     def prepare(self, masks: Sequence[Mask]) -> float:
         return 0.0
 

@@ -43,7 +43,7 @@ def whole(comparison: dict[str, Any]) -> dict[str, Any]:
     ]  # fmt: skip
     comparison["ranks"] = [
         {"arm": name, "rank_mean": 1.2 + place, "rank_low": 1.0, "rank_high": 2.9,
-         "best_probability": 0.875 if place == 0 else 0.0625}
+         "first_share": 0.875 if place == 0 else 0.0625}
         for place, name in enumerate(reversed(names))
     ]  # fmt: skip
     comparison |= {
@@ -110,7 +110,7 @@ def test_several_budgets_share_a_page(whole: dict[str, Any]) -> None:
 
 
 def test_tables_hold_the_figures(whole: dict[str, Any]) -> None:
-    assert ranks_table(whole).rows[0] == ("evolution", "1.20", "1.00 to 2.90", "0.88")
+    assert ranks_table(whole).rows[0] == ("evolution", "1.20", "1.00 to 2.90", "88 %")
     rows = {row[0]: row[1:] for row in carry_table(whole).rows}
     greedy = whole["summary"][0]["heldout_kl_mean"]
     assert rows["greedy"] == (

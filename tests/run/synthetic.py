@@ -66,6 +66,9 @@ class Synthetic:
     def plan(self, masks: Sequence[Mask]) -> float:
         return self.batches * self._unit(masks) if masks else 0.0
 
+    def once(self, masks: Sequence[Mask]) -> float:
+        return 0.0
+
     def prepare(self, masks: Sequence[Mask]) -> float:
         return 0.0
 

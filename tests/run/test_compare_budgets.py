@@ -167,12 +167,12 @@ def test_ranks_are_over_all_seeds_and_budgets(
     assert {arm: row["rank_mean"] for arm, row in ranks.items()} == pytest.approx(
         {arm: np.mean(found) for arm, found in places.items()}
     )
-    assert sum(row["best_probability"] for row in result["ranks"]) == pytest.approx(1)
+    assert sum(row["first_share"] for row in result["ranks"]) == pytest.approx(1)
     assert [row["rank_mean"] for row in result["ranks"]] == sorted(
         row["rank_mean"] for row in result["ranks"]
     )
     assert result["verdict"].endswith(
-        f"is the best arm with probability {result['ranks'][0]['best_probability']:.2f}."
+        f"is first in {100 * result['ranks'][0]['first_share']:.0f} % of resamples."
     )
 
 

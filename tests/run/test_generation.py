@@ -37,6 +37,13 @@ def written(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_texts_longer_than_the_context_are_refused(workplace: Path, tmp_path: Path) -> None:
+    options = GenerateOptions(tokens=10, window_tokens=1000)
+    with pytest.raises(InputError, match="exceed the model's context of 128: lower --window"):
+        generate(str(workplace / "model"), tmp_path / "own.jsonl", options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_texts_are_samples_of_the_models_own_distribution(workplace: Path, tmp_path: Path) -> None:
     """First tokens of many texts, against the probabilities that plain transformers gives them."""
     folder = workplace / "model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any
 
@@ -185,15 +186,24 @@ class TestRanks:
         # Seeds are drawn twice: (0, 0) and (1, 1) in a quarter of the resamples, else (0, 1).
         # At the first budget the mean loss is lowest for a (0, 0: 1 2 3), tied for a and c in
         # (0, 1: 3 3.5 3.5 -> a), and lowest for c (1, 1: 5 5 4); at the second b is always first.
-        assert [s.best for s in found] == pytest.approx([0.375, 0.5, 0.125], abs=0.01)
-        # a has rank (1 + 3) / 2 with seed 0 twice, (2.5 + 3) / 2 with seed 1 twice.
-        assert (found[0].rank.low, found[0].rank.high) == (2.0, 2.75)
+        assert [s.first for s in found] == pytest.approx([0.375, 0.5, 0.125], abs=0.01)
+        # a has rank (1 + 3) / 2 with seed 0 twice, (2.5 + 3) / 2 with seed 1 twice; two seeds leave
+        # any place open.
+        assert (found[0].rank.low, found[0].rank.high) == (1.0, 3.0)
+
+    def test_ranks_over_three_seeds_leave_open_what_student_t_does(self) -> None:
+        """The first arm has ranks 1, 1 and 2, so any mean from 1 to 2 when seeds are drawn."""
+        by_seed = [[1.0, 1.0, 2.0], [2.0, 2.0, 1.0], [3.0, 3.0, 3.0], [4.0, 4.0, 4.0]]
+        table = np.array(by_seed)[:, :, None]
+        rank = standings([table], np.random.default_rng(0))[0].rank
+        wider = 4.3027 / 1.95996 * math.sqrt(3 / 2)
+        assert (rank.low, rank.high) == pytest.approx((1.0, 4 / 3 + wider * 2 / 3), abs=1e-3)
 
     def test_arms_that_are_equal_share_everything(self) -> None:
         table = np.random.default_rng(1).random((1, 3, 20)).repeat(4, axis=0)
         for standing in standings([table], np.random.default_rng(0)):
             assert standing.rank.to_json() == {"mean": 2.5, "low": 2.5, "high": 2.5}
-            assert standing.best == pytest.approx(0.25)
+            assert standing.first == pytest.approx(0.25)
 
     def test_seeds_widen_the_interval_of_a_rank(self) -> None:
         """Twenty windows leave no doubt here; which seed is drawn does."""

@@ -166,7 +166,7 @@ class TestWhetherSearchPaid:
         sections.append({"budget_text": "nothing", "summary": [], "pairs": []})
         ranks = [
             {"arm": arm, "rank_mean": mean, "rank_low": 1.0, "rank_high": 2.0,
-             "best_probability": best}
+             "first_share": best}
             for arm, mean, best in (("evo", 1.125, 0.95), ("win", 1.875, 0.05))
         ]  # fmt: skip
         assert overall(sections, ranks) == (
@@ -174,8 +174,8 @@ class TestWhetherSearchPaid:
             "below win). A method without a search is enough at params 75 % (win). The intervals "
             "can't tell whether search helps over a method without one at cache 60 % (win). No "
             "search and one-pass method are there to compare at nothing. evo has the best mean "
-            "rank over budgets and seeds, 1.12 [1.00, 2.00] of 2, and is the best arm with "
-            "probability 0.95."
+            "rank over budgets and seeds, 1.12 [1.00, 2.00] of 2, and is first in 95 % of "
+            "resamples."
         )
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from landscapes import SPACES, Landscape, drive, proposals, toy
 
 from depthsearch.searchers import build_searcher
-from depthsearch.searchers.gaps import GAPS, Gap, added_up, cheapest
-from depthsearch.space import SearchSpace
+from depthsearch.searchers.gaps import GAPS, Gap, added_up, cheapest, gap_plan
+from depthsearch.space import Evaluation, Mask, SearchSpace
 
 
 def gaps_of(rows: list[tuple[int, int, int, float]]) -> list[Gap]:
@@ -76,6 +76,26 @@ def test_masks_are_on_budget(name: str) -> None:
     assert all(len(p.mask.dropped) <= 4 for p in measured)
     together = [p for p in asked if p.origin == GAPS]
     assert all(space.on_budget(p.mask) and p.final for p in together)
+
+
+def test_gaps_that_cost_nothing_are_made_longer() -> None:
+    space = toy(6)
+
+    def harm(mask: Mask) -> Evaluation:
+        return Evaluation(mask, (float(not set(mask.dropped) <= {4, 5}),), 8)
+
+    singles = {mask: harm(mask) for mask in (space.dense, *space.removals(space.dense))}
+    found = ()
+    plan = gap_plan(space, 3, singles)
+    asked = next(plan, None)
+    while asked is not None:
+        answers = {p.mask: harm(p.mask) for p in asked.proposals}
+        try:
+            asked = plan.send(answers)
+        except StopIteration as ended:
+            asked, found = None, ended.value
+    losses = {(gap.start, gap.stop): gap.loss for gap in found}
+    assert [losses[place] for place in ((4, 5), (5, 6), (4, 6))] == [0.0, 0.0, 0.0]
 
 
 def test_gaps_that_add_up_are_found_at_once() -> None:

@@ -84,10 +84,45 @@ def test_trials_mirror_the_evaluations(sampler: str) -> None:
             assert trial.state is TrialState.FAIL
         else:
             assert trial.state is TrialState.COMPLETE
-            assert trial.value == evaluation.loss
+            if evaluation.status is Status.OK:
+                assert trial.value == evaluation.loss
     origins = Counter(trial.user_attrs["origin"] for trial in searcher.study.trials)
     assert origins[f"optuna {sampler}"] > 0
     assert sum(count for origin, count in origins.items() if origin != "duplicate") == len(told)
+
+
+def test_masks_that_lost_on_easy_text_are_not_told_as_better() -> None:
+    """The first windows are easier than all of them by a whole nat."""
+    searcher = searcher_of(SPACES["sublayer"], sampler="tpe", batch=8)
+    landscape = Landscape(len(SPACES["sublayer"].sites))
+    for _ in range(4):
+        asked = [p.mask for p in searcher.ask().proposals]
+        whole = {mask: landscape.evaluate(mask) for mask in asked}
+        best = min(whole.values(), key=lambda e: e.order)
+        told = []
+        for mask, evaluation in whole.items():
+            mean = evaluation.loss
+            assert mean is not None
+            losses = (mean - 1, mean + 1)
+            status = Status.OK if mask == best.mask else Status.ELIMINATED
+            told.append(Evaluation(mask, losses[: 1 + (status is Status.OK)], 8, status))
+        searcher.tell(told)
+    trials = [t for t in searcher.study.trials if t.state is TrialState.COMPLETE]
+    first = min(t.value for t in trials if t.user_attrs["status"] == "ok")
+    lost = [t.value for t in trials if t.user_attrs["status"] == "eliminated"]
+    assert len(lost) > 20
+    assert min(lost) >= first
+
+
+def test_the_best_baseline_of_others_is_asked_for_whatever_was_lost_on_easy_text() -> None:
+    searcher = searcher_of(toy(6), sampler="random", batch=4)
+    own = [p.mask for p in searcher.ask(4).proposals]
+    lost = Evaluation(own[-1], (0.3,), 8, Status.ELIMINATED)
+    searcher.tell([*(Evaluation(mask, (1.0,) * 4, 32) for mask in own[:-1]), lost])
+    others = [p.mask for p in cheap_baselines(toy(6), Landscape(12).hints()) if p.mask not in own]
+    for number, mask in enumerate(others):
+        searcher.learn(mask, searcher.keys_of(mask), 1.2 if number else 0.8, True)
+    assert others[0] in [p.mask for p in searcher.ask(4).proposals]
 
 
 def test_several_masks_are_asked_in_parallel() -> None:

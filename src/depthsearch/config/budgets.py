@@ -48,7 +48,10 @@ def parse_amount(text: str, metric: str) -> int:
         unit = unit.removesuffix("s")
     if match is None or unit not in _UNITS[kind]:
         raise ValueError(f"a cap is a number with a unit: {_UNIT_NAMES[kind]}")
-    amount = math.floor(float(match[1]) * _UNITS[kind][unit])
+    cap = float(match[1]) * _UNITS[kind][unit]
+    if not math.isfinite(cap):
+        raise ValueError("a cap is a finite number")
+    amount = math.floor(cap)
     if amount < 1:
         raise ValueError("a cap is at least 1")
     return amount

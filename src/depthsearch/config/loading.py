@@ -148,6 +148,8 @@ def _parse_yaml(text: str, source: str) -> object:
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{source}{where}: not valid YAML: {' '.join(problem.split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply to be read") from None
     except (ValueError, LookupError, AttributeError) as error:
         # What YAML's own types say of a text that looks like one of them, such as 2024-13-45.
         raise ConfigError(

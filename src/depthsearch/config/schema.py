@@ -13,7 +13,7 @@ from pydantic import (
 
 from depthsearch.config.budgets import FrontConfig, SpaceConfig, check_timed
 from depthsearch.config.searches import CompareConfig, Loss, SearchConfig
-from depthsearch.config.section import Count, Section, Tokens, Whole
+from depthsearch.config.section import MOST_THREADS, Count, Section, Tokens, Whole
 
 
 class ModelConfig(Section):
@@ -146,7 +146,7 @@ class ClusterConfig(Section):
     """GPUs of one worker, or a share of one; over several, such as 2, its model's blocks spread"""
     resources: dict[str, float] = Field(default_factory=dict)
     """custom resources of one worker, by Ray's name for them"""
-    threads: Count | None = None
+    threads: Annotated[Count, Field(le=MOST_THREADS)] | None = None
     """processor threads of one worker, or of this process; left out: num_cpus, or torch's choice"""
     weights: Literal["path", "store"] = "path"
     """workers load model.path themselves, or share the driver's weights through Ray's store"""

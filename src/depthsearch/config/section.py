@@ -23,6 +23,9 @@ def frozen(value: object) -> object:
 
 
 Whole = Annotated[int, BeforeValidator(whole)]
+MOST_THREADS = 4096
+"""More than any machine has; starting so many more would end in a crash."""
+
 Count = Annotated[Whole, Field(ge=1)]
 Tokens = Annotated[Whole, Field(ge=2)]
 

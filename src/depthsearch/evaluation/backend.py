@@ -60,11 +60,15 @@ class Backend(Protocol):
         """The `cost_tokens` of evaluating `masks` on every batch, at most, nothing computed."""
         ...
 
+    def once(self, masks: Sequence[Mask]) -> float:
+        """The part of `plan` that is paid once in a search, whenever it is first needed."""
+        ...
+
     def prepare(self, masks: Sequence[Mask]) -> float:
-        """The part of `plan` that is paid once in a search, whenever it is first needed.
+        """`once`, which counts as paid from now on and is not part of `plan` any more.
 
         Called once for all masks of one ask, in the order of asks, whether they are evaluated now
-        or were before; from then on it is not part of `plan` any more. Computes nothing.
+        or were before. Computes nothing.
         """
         ...
 

@@ -145,8 +145,11 @@ class InProcess:
 
     def plan(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
-        once = 0.0 if self._table is None else self._table.cost(masks)
-        return self.accounting.plan(masks, self.sequences) + once
+        return self.accounting.plan(masks, self.sequences) + self.once(masks)
+
+    def once(self, masks: Sequence[Mask]) -> float:
+        """The `cost_tokens` of the repairs that no mask needed before, not counted yet."""
+        return 0.0 if self._table is None else self._table.cost(masks)
 
     def prepare(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of the repairs that no mask needed before."""

@@ -45,6 +45,10 @@ class Planned(Generic[P]):
         """The `cost_tokens` of evaluating `masks` on every batch, nothing computed."""
         return self._planner.plan(masks)
 
+    def once(self, masks: Sequence[Mask]) -> float:
+        """The `cost_tokens` that `masks` need once, not counted yet."""
+        return self._planner.once(masks)
+
     def prepare(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` that `masks` need once."""
         return self._planner.prepare(masks)

@@ -65,6 +65,10 @@ class Refitted:
         """Compute the one unit; out of memory splits the set, down to a quarantined mask."""
         return halved(self._run, masks)
 
+    def once(self, masks: Sequence[Mask]) -> float:
+        """Nothing, as `prepare`."""
+        return 0.0
+
     def prepare(self, masks: Sequence[Mask]) -> float:
         """Nothing that a unit does not count itself."""
         return 0.0

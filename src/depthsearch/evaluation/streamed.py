@@ -166,6 +166,10 @@ class Streamed:
         kl, cross_entropy = (torch.cat(found, dim=1) for found in zip(*parts, strict=True))
         return kl, cross_entropy
 
+    def once(self, masks: Sequence[Mask]) -> float:
+        """Nothing, as `prepare`."""
+        return 0.0
+
     def prepare(self, masks: Sequence[Mask]) -> float:
         """Nothing: no part of it is paid once."""
         return 0.0

@@ -87,6 +87,10 @@ class Written:
         """The `cost_tokens` of evaluating `masks` where each writes as long as it may."""
         return sum(self.unit_cost(batch, masks) for batch in range(len(self._batches)))
 
+    def once(self, masks: Sequence[Mask]) -> float:
+        """Nothing, as `prepare`."""
+        return 0.0
+
     def prepare(self, masks: Sequence[Mask]) -> float:
         """Nothing is paid once."""
         return 0.0

@@ -89,15 +89,15 @@ def budgets_picture(parts: Sequence[Mapping[str, Any]]) -> Picture | None:
 
 
 def ranks_table(compare: Mapping[str, Any]) -> Table:
-    """Mean ranks with intervals, and how probable it is that each arm is the best; best first."""
+    """Mean ranks with intervals, and in how many resamples each arm is first; best first."""
     return Table(
-        ("Arm", "Mean rank", "95 % interval", "Probability of being the best"),
+        ("Arm", "Mean rank", "95 % interval", "First in so many resamples"),
         tuple(
             (
                 str(row["arm"]),
                 f"{row['rank_mean']:.2f}",
                 f"{row['rank_low']:.2f} to {row['rank_high']:.2f}",
-                f"{row['best_probability']:.2f}",
+                f"{100 * row['first_share']:.0f} %",
             )
             for row in compare.get("ranks") or ()
         ),

@@ -224,8 +224,9 @@ def parse_budget(text: str) -> dict[str, Any]:
         return BudgetConfig(**{key.strip(): yaml.safe_load(value)}).to_budget_json()
     except (ValidationError, ValueError, TypeError, yaml.YAMLError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        reason = " ".join(reason.removeprefix("Value error, ").split())
         raise ConfigError(
-            f"--budget {text}: {reason.removeprefix('Value error, ')}; give one of the budgets of "
+            f"--budget {text}: {reason}; give one of the budgets of "
             "the front, such as keep_params=0.8, or a pair such as "
             "keep_params=0.8,keep_kv_bytes=0.6"
         ) from None

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from depthsearch import __version__
 from depthsearch.errors import DataError, InputError, RunDirectoryError
+from depthsearch.model.anatomy import context_window
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.run.directory import occupied, write_file
 
@@ -114,6 +115,12 @@ def _texts(loaded: LoadedModel, options: GenerateOptions) -> Iterator[tuple[str,
     """Texts without end, each with its tokens; those that say nothing are left out."""
     model, tokenizer = loaded.model, loaded.tokenizer
     ids, _ = _start(loaded, options)
+    context = context_window(model)
+    if context is not None and len(ids) + options.window_tokens > context:
+        raise InputError(
+            f"texts of {options.window_tokens} tokens behind {len(ids)} that they begin with "
+            f"exceed the model's context of {context}: lower --window-tokens"
+        )
     ends = _ends(loaded)
     # Anything that the checkpoint says of how to generate would colour the sample.
     model.generation_config = GenerationConfig(

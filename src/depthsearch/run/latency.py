@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from depthsearch import __version__
+from depthsearch.config.section import MOST_THREADS
 from depthsearch.errors import InputError, StorageError
 from depthsearch.model.anatomy import describe
 from depthsearch.model.load import LoadedModel, load_model
@@ -140,8 +141,8 @@ def device_name(device: torch.device) -> str:
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
     """Compute with so many processor threads, and as before afterwards; None changes nothing."""
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}; allowed: 1 or more")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"threads is {threads}; allowed: 1 to {MOST_THREADS:,}")
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from depthsearch.errors import ConfigError, NothingFoundError
@@ -118,7 +119,8 @@ class SearchLoop:
         self._failures = 0
         self._best: dict[int, float] = {}
         self._vain = 0
-        self._least = _two_finalists(space, finals)
+        self._least = _finalist(space, finals)
+        self._prices: dict[Mask, float] = {}
 
     def run(self, start: Mapping[str, Any]) -> Outcome:
         """Search; `start` is the first record.
@@ -204,14 +206,15 @@ class SearchLoop:
         if plan.max_evaluations is not None:
             proposals = proposals[: max(0, plan.max_evaluations - len(self._known))]
         if plan.cost_tokens is not None:
-            left = plan.cost_tokens - self._spent - self._reserve()
+            left = plan.cost_tokens - self._spent
             masks = [proposal.mask for proposal in proposals]
+            reserves = self._reserves(proposals)
             low, high = 0, len(proposals)
             while low < high:
                 middle = (low + high + 1) // 2
                 stages = self._stages(batch, middle)
-                fits = planned(self._select, masks[:middle], stages) <= left
-                low, high = (middle, high) if fits else (low, middle - 1)
+                cost = planned(self._select, masks[:middle], stages) + reserves[middle]
+                low, high = (middle, high) if cost <= left else (low, middle - 1)
             small = self._contest.masks and 4 * low < len(proposals)
             proposals = proposals[: 0 if small else low]
         stages = self._stages(batch, len(proposals))
@@ -227,14 +230,27 @@ class SearchLoop:
             return () if batch.survivors is not None else batch.stages
         return racing.stages(count, batch.survivors, self._select.sequences) or batch.stages
 
-    def _reserve(self) -> float:
-        """What the finals would cost with the finalists known by now.
+    def _reserves(self, proposals: Sequence[Proposal]) -> list[float]:
+        """What the finals may cost once the first 0, 1, ... of `proposals` are known as well.
 
-        At least two masks' worth a budget, since so many are compared there whatever the limit.
+        That of the finalists by now, and at least that of as many masks a budget as are compared
+        there whatever the limit, each as dear as the dearest that may be one of them.
         """
         finalists = self._finalists()
-        cost = self._finals_cost(finalists.masks, finalists.needed)
-        return self._finals.preparation + max(self._least, cost)
+        dearest = max([self._least, *map(self._final_price, finalists.masks)])
+        new = (self._final_price(p.mask) if p.final else 0.0 for p in proposals)
+        fewest = max(2 * len(self._space.points), finalists.needed)
+        now = self._finals_cost(finalists.masks, finalists.needed)
+        return [
+            self._finals.preparation + max(now, fewest * price)
+            for price in accumulate(new, max, initial=dearest)
+        ]
+
+    def _final_price(self, mask: Mask) -> float:
+        """The most that judging a mask on the fresh text costs by itself."""
+        if mask not in self._prices:
+            self._prices[mask] = self._finals.plan([mask])
+        return self._prices[mask]
 
     def _finals_cost(self, masks: Sequence[Mask], needed: int) -> float:
         """The most that judging these finalists may cost."""
@@ -347,6 +363,12 @@ class SearchLoop:
             while len(masks) > least and self._finals_cost(masks, finalists.needed) > left:
                 masks.pop()
         if not any(self._known[mask].status is Status.OK for mask in contest.at(contest.own)):
+            if not self._known and self._plan.cost_tokens is not None:
+                raise NothingFoundError(
+                    f"search.cost_tokens is {self._plan.cost_tokens:,.0f}, which leaves nothing "
+                    "for a first mask beside the final ranking: raise it, or lower "
+                    "calibration.finals_tokens or finals_fit_tokens"
+                )
             raise NothingFoundError(
                 f"none of {len(self._known)} evaluated masks met the budget and had a finite loss; "
                 "raise search.cost_tokens or search.max_evaluations, or check the model's dtype"
@@ -431,7 +453,7 @@ def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend)
     if needs_sensitivity(plan.method):
         # Twice forwards, and backwards with its attentions twice.
         least += 4 * select.plan(dense)
-    least += finals.preparation + _two_finalists(space, finals)
+    least += finals.preparation + 2 * len(space.points) * _finalist(space, finals)
     if plan.cost_tokens < least:
         raise ConfigError(
             f"search.cost_tokens is {plan.cost_tokens:,.0f}, too little for one pass of the dense "
@@ -440,14 +462,14 @@ def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend)
         )
 
 
-def _two_finalists(space: SearchSpace, finals: Backend) -> float:
-    """What two finalists a budget cost at least, in `cost_tokens`.
+def _finalist(space: SearchSpace, finals: Backend) -> float:
+    """What a finalist costs at least, in `cost_tokens`.
 
     Where masks are repaired the first window may cost many times what the dense model does, which
     has no gap to refit behind.
     """
     masks = (space.dense, *space.windows()[:1])
-    return 2 * len(space.points) * max(finals.plan([mask]) for mask in masks)
+    return max(finals.plan([mask]) for mask in masks)
 
 
 def planned(backend: Backend, masks: Sequence[Mask], stages: Sequence[Stage] = ()) -> float:
@@ -456,9 +478,9 @@ def planned(backend: Backend, masks: Sequence[Mask], stages: Sequence[Stage] = (
     if not stages or not masks:
         return whole
     # A survivor alone shares nothing: what each would cost then bounds what all of them do.
-    alone = max(backend.plan([mask]) for mask in masks)
-    batches = backend.sequences
-    cost, rate, done = 0.0, whole, 0
+    alone = max(backend.plan([mask]) - backend.once([mask]) for mask in masks)
+    batches, cost = backend.sequences, backend.once(masks)
+    rate, done = whole - cost, 0
     cuts = list(stages)
     for count in batches:
         cost += rate * count / sum(batches)

@@ -12,7 +12,7 @@ from typing import Any
 
 from depthsearch.run.ledger import Ledger
 from depthsearch.searchers import SharedSearcher
-from depthsearch.space import Batch, Mask, Proposal
+from depthsearch.space import Batch, Mask, Proposal, Stage
 
 
 def search_identity(start: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +48,7 @@ def recorded_ask(searcher: SharedSearcher, ledger: Ledger) -> Batch | None:
         tuple(Proposal.from_json(entry) for entry in record["proposals"]),
         record["survivors"],
         tuple(Mask.from_key(key) for key in record["rivals"]),
+        tuple(Stage(**stage) for stage in record.get("stages", ())),
     )
     searcher.follow(batch)
     return batch

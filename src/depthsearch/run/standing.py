@@ -123,11 +123,11 @@ def ranks_of(budgets: Sequence[Entries]) -> list[dict[str, Any]]:
             "rank_mean": standing.rank.mean,
             "rank_low": standing.rank.low,
             "rank_high": standing.rank.high,
-            "best_probability": standing.best,
+            "first_share": standing.first,
         }
         for arm, standing in zip(arms, found, strict=True)
     ]
-    return sorted(rows, key=lambda row: (row["rank_mean"], -row["best_probability"]))
+    return sorted(rows, key=lambda row: (row["rank_mean"], -row["first_share"]))
 
 
 def _row(arm: str, found: Entries, table: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -100,10 +101,14 @@ def paired_difference(
 
 @dataclass(frozen=True)
 class Standing:
-    """The mean rank of an arm, 1 for the best, and how probable it is that it is the best one."""
+    """The mean rank of an arm, 1 for the best, and the share of resamples in which it is first.
+
+    With few seeds the share is no probability: all three seeds of one of two equal arms are better
+    once in four times, and it is first in every resample then.
+    """
 
     rank: Interval
-    best: float
+    first: float
 
 
 def standings(
@@ -115,10 +120,12 @@ def standings(
     """Where each arm stands, from one table `[arms, seeds, windows]` for each budget.
 
     Arms are ranked by mean loss in each cell of budget and seed, equal ones sharing the mean of
-    their places, and ranks are averaged over cells (Friedman 1937). `best` is the share of
-    resamples, of each budget alike, in which the arm has the lowest mean over the resampled seeds
-    and windows; arms that share it share the count. A resample takes the same seeds and windows at
-    every budget. Raises DataError where the tables don't fit together.
+    their places, and ranks are averaged over cells (Friedman 1937). Their intervals are percentiles
+    drawn away from the mean by what few seeds hide, to the first and the last place at most; an
+    arm with one rank in all cells has an interval without width, however few they are.
+    `first` is the share of resamples, of each budget alike, in which the arm has the lowest mean
+    over the resampled seeds and windows; arms that share it share the count. A resample takes the
+    same seeds and windows at every budget. Raises DataError where the tables don't fit together.
     """
     tables = [np.asarray(budget, dtype=np.float64) for budget in budgets]
     if not tables or tables[0].ndim != 3 or not tables[0].size:
@@ -143,10 +150,27 @@ def standings(
         first = whole == whole.min(axis=1, keepdims=True)
         firsts += first / first.sum(axis=1, keepdims=True) / len(tables)
         means += midranks(table.mean(axis=2).T).mean(axis=0) / len(tables)
-    return tuple(
-        Standing(_percentiles(float(means[arm]), places[:, arm], level), float(best))
-        for arm, best in enumerate(firsts.mean(axis=0))
+    wider = _stretch(seeds, level)
+    found = (_percentiles(float(means[arm]), places[:, arm], level) for arm in range(arms))
+    stretched = (
+        Interval(
+            rank.mean,
+            max(1.0, rank.mean - wider * (rank.mean - rank.low)),
+            min(float(arms), rank.mean + wider * (rank.high - rank.mean)),
+        )
+        for rank in found
     )
+    shares = firsts.mean(axis=0).tolist()
+    return tuple(Standing(rank, share) for rank, share in zip(stretched, shares, strict=True))
+
+
+def _stretch(seeds: int, level: float) -> float:
+    """How much wider Student's t is over so many seeds than percentiles of resampled means."""
+    if seeds == 1:
+        return 1.0
+    tail = (1 - level) / 2
+    wider = math.sqrt(seeds / (seeds - 1)) / NormalDist().inv_cdf(1 - tail)
+    return critical_value(tail, seeds - 1) * wider
 
 
 def midranks(values: npt.ArrayLike) -> Array:

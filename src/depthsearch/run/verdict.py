@@ -164,7 +164,7 @@ def overall(sections: Rows, ranks: Rows) -> str:
         said.append(
             f"{first['arm']} has the best mean rank over budgets and seeds, "
             f"{first['rank_mean']:.2f} [{first['rank_low']:.2f}, {first['rank_high']:.2f}] of "
-            f"{len(ranks)}, and is the best arm with probability {first['best_probability']:.2f}."
+            f"{len(ranks)}, and is first in {100 * first['first_share']:.0f} % of resamples."
         )
     return " ".join(said)
 

@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from depthsearch.searchers.protocol import propose
+from depthsearch.searchers.ranking import price
 from depthsearch.searchers.staged import Answers
 from depthsearch.space import Batch, Mask, Proposal, SearchSpace, Status
 
@@ -44,12 +45,14 @@ def gap_plan(
     while True:
         fresh = {}
         for mask, evaluation in answers.items():
-            if len(mask.runs) == 1 and evaluation.status is Status.OK and evaluation.loss:
+            if len(mask.runs) == 1 and evaluation.status is Status.OK:
+                assert evaluation.loss is not None
                 ((start, stop),) = mask.runs
                 freed = space.cost(space.dense) - space.cost(mask)
                 fresh[mask] = Gap(start, stop, freed, evaluation.loss - base)
         found |= fresh
-        ranked = sorted(fresh, key=lambda mask: (fresh[mask].loss / fresh[mask].freed, mask.key))
+        prices = {mask: price(gap.loss, gap.freed) for mask, gap in fresh.items()}
+        ranked = sorted(fresh, key=lambda mask: (prices[mask], mask.key))
         longer: dict[Mask, None] = {}
         for mask in ranked[: -(-len(ranked) // 2)]:
             for more in space.removals(mask):

@@ -219,17 +219,7 @@ class MaskTree:
         """
         complete = [e for e in self._leaves.values() if e.status is Status.OK]
         best = min(complete, key=lambda e: e.order, default=None)
-
-        def estimate(evaluation: Evaluation) -> float:
-            loss = evaluation.loss
-            if loss is None:
-                return math.inf
-            if evaluation.status is Status.OK or best is None or best.loss is None:
-                return loss
-            first = best.losses[: len(evaluation.losses)]
-            return best.loss + loss - math.fsum(first) / len(first)
-
-        return np.array([estimate(e) for e in self._leaves.values()])
+        return np.array([e.estimate(best) for e in self._leaves.values()])
 
     def to_json(self) -> dict[str, Any]:
         """The tree as plain data: nodes by mask key in the order of their creation, and edges.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -62,7 +63,9 @@ def _fits(value: object, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint) and isinstance(value, str)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        # What is not finite would not come back from config.yaml.
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(float(str(value)))
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

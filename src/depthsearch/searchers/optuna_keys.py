@@ -32,7 +32,7 @@ from depthsearch.searchers.protocol import check_ask, check_tell
 from depthsearch.searchers.random import FreshAtAny
 from depthsearch.searchers.ranking import influence_keys
 from depthsearch.searchers.staged import best_masks
-from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace
+from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
 
 _MARGIN = 0.25
 _CMAES_MARGIN = 0.1
@@ -94,6 +94,7 @@ class OptunaSearcher:
         self._stored = stored
         self._fresh = FreshAtAny(space, rng)
         self._known: dict[Mask, Evaluation] = {}
+        self._best: Evaluation | None = None
         self._elsewhere: dict[Mask, float] = {}
         self._standing: dict[Mask, float] = {}
         self._pending: dict[Mask, list[Trial]] = {}
@@ -151,11 +152,16 @@ class OptunaSearcher:
         return Batch(self._waiting, count, best_masks(rivals, count))
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
-        """Pass each loss to the trials that decoded to its mask; failures become FAIL."""
+        """Pass each loss to the trials that decoded to its mask; failures become FAIL.
+
+        A mask that lost its race passes as no better than the best one known.
+        """
         check_tell(evaluations, self._waiting)
+        self._known |= {evaluation.mask: evaluation for evaluation in evaluations}
+        complete = [e for e in self._known.values() if e.status is Status.OK]
+        self._best = min(complete, key=lambda e: e.order, default=None)
         with quiet():
             for evaluation in evaluations:
-                self._known[evaluation.mask] = evaluation
                 for trial in self._pending.pop(evaluation.mask):
                     self._finish(trial, evaluation)
             for trial in (t for trials in self._pending.values() for t in trials):
@@ -211,7 +217,8 @@ class OptunaSearcher:
         others = (s for s in self._baselines if s.mask in self._standing.keys() - self._known)
         best = min(others, key=lambda s: (self._standing[s.mask], s.mask.key), default=None)
         known = (self._known.get(seed.mask) for seed in self._baselines)
-        ours = min((e.loss for e in known if e and e.loss is not None), default=np.inf)
+        complete = (e for e in known if e is not None and e.status is Status.OK)
+        ours = min((e.estimate(None) for e in complete), default=np.inf)
         if best is not None and self._standing[best.mask] < ours:
             due.insert(0, best)
         return due
@@ -308,7 +315,10 @@ class OptunaSearcher:
         if evaluation.loss is None:
             self._study.tell(trial, state=TrialState.FAIL)
         else:
-            self._tell(trial, evaluation.mask, evaluation.loss)
+            loss = evaluation.estimate(self._best)
+            if self._best is not None and self._best.loss is not None:
+                loss = max(loss, self._best.loss)
+            self._tell(trial, evaluation.mask, loss)
 
     def _tell(self, trial: Trial, mask: Mask, loss: float) -> None:
         self._study.tell(trial, self._coding.values(mask, loss))

@@ -62,6 +62,19 @@ class Evaluation:
         rank = {Status.OK: 0, Status.ELIMINATED: 1}.get(self.status, 2)
         return rank, (math.inf if self.loss is None else self.loss), self.mask.key
 
+    def estimate(self, reference: Evaluation | None) -> float:
+        """The loss on all sequences, infinite after a failure.
+
+        For an ELIMINATED mask it is that of the complete `reference` plus their paired difference
+        on the sequences that both have; without a reference it is the loss so far.
+        """
+        if self.loss is None:
+            return math.inf
+        if self.status is not Status.ELIMINATED or reference is None or reference.loss is None:
+            return self.loss
+        first = reference.losses[: len(self.losses)]
+        return reference.loss + self.loss - math.fsum(first) / len(first)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
