@@ -14,7 +14,8 @@ from depthsearch.errors import NothingFoundError
 from depthsearch.evaluation import Racing
 from depthsearch.journal import Journal
 from depthsearch.run.ledger import Ledger
-from depthsearch.run.loop import Outcome, Plan, SearchLoop, planned
+from depthsearch.run.loop import Outcome, Plan, SearchLoop
+from depthsearch.run.planning import planned
 from depthsearch.space import Mask, Stage
 
 SPACE = toy(12)

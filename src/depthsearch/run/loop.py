@@ -16,6 +16,7 @@ from depthsearch.errors import ConfigError, NothingFoundError
 from depthsearch.evaluation import Backend, Racing, evaluate
 from depthsearch.run.choice import choose
 from depthsearch.run.ledger import Ledger
+from depthsearch.run.planning import finalist, planned
 from depthsearch.run.points import Contest, Finalists, FrontPoint
 from depthsearch.run.replaying import ask_size, searcher_rng
 from depthsearch.run.sharing import join, leave, recorded_ask
@@ -119,7 +120,7 @@ class SearchLoop:
         self._failures = 0
         self._best: dict[int, float] = {}
         self._vain = 0
-        self._least = _finalist(space, finals)
+        self._least = finalist(space, finals)
         self._prices: dict[Mask, float] = {}
 
     def run(self, start: Mapping[str, Any]) -> Outcome:
@@ -453,38 +454,10 @@ def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend)
     if needs_sensitivity(plan.method):
         # Twice forwards, and backwards with its attentions twice.
         least += 4 * select.plan(dense)
-    least += finals.preparation + 2 * len(space.points) * _finalist(space, finals)
+    least += finals.preparation + 2 * len(space.points) * finalist(space, finals)
     if plan.cost_tokens < least:
         raise ConfigError(
             f"search.cost_tokens is {plan.cost_tokens:,.0f}, too little for one pass of the dense "
             f"model, a mask and the final ranking: give at least {least:,.0f}, or lower "
             "calibration.select_tokens and calibration.finals_tokens"
         )
-
-
-def _finalist(space: SearchSpace, finals: Backend) -> float:
-    """What a finalist costs at least, in `cost_tokens`.
-
-    Where masks are repaired the first window may cost many times what the dense model does, which
-    has no gap to refit behind.
-    """
-    masks = (space.dense, *space.windows()[:1])
-    return max(finals.plan([mask]) for mask in masks)
-
-
-def planned(backend: Backend, masks: Sequence[Mask], stages: Sequence[Stage] = ()) -> float:
-    """The most that evaluating these may cost, with what `stages` are sure to save."""
-    whole = backend.plan(masks)
-    if not stages or not masks:
-        return whole
-    # A survivor alone shares nothing: what each would cost then bounds what all of them do.
-    alone = max(backend.plan([mask]) - backend.once([mask]) for mask in masks)
-    batches, cost = backend.sequences, backend.once(masks)
-    rate, done = whole - cost, 0
-    cuts = list(stages)
-    for count in batches:
-        cost += rate * count / sum(batches)
-        done += count
-        while cuts and cuts[0].share * sum(batches) <= done:
-            rate = min(rate, cuts.pop(0).survivors * alone)
-    return cost

@@ -45,6 +45,11 @@ class Interval:
         """-1 where the whole interval is below zero, 1 where it is above, 0 where it holds zero."""
         return int(self.low > 0) - int(self.high < 0)
 
+    def stretched(self, by: float) -> Interval:
+        """The same mean with both ends so many times as far from it."""
+        low, high = (self.mean + by * (end - self.mean) for end in (self.low, self.high))
+        return Interval(self.mean, low, high)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {"mean": self.mean, "low": self.low, "high": self.high}
@@ -68,9 +73,7 @@ def bootstrap_interval(
     found = _percentiles(float(table.mean()), means, level)
     if found.low == found.high:
         return found
-    wider = max(1.0, 2 * _half_width(table, level) / (found.high - found.low))
-    ends = (found.mean + wider * (end - found.mean) for end in (found.low, found.high))
-    return Interval(found.mean, *ends)
+    return found.stretched(max(1.0, 2 * _half_width(table, level) / (found.high - found.low)))
 
 
 def paired_difference(
@@ -151,17 +154,12 @@ def standings(
         firsts += first / first.sum(axis=1, keepdims=True) / len(tables)
         means += midranks(table.mean(axis=2).T).mean(axis=0) / len(tables)
     wider = _stretch(seeds, level)
-    found = (_percentiles(float(means[arm]), places[:, arm], level) for arm in range(arms))
-    stretched = (
-        Interval(
-            rank.mean,
-            max(1.0, rank.mean - wider * (rank.mean - rank.low)),
-            min(float(arms), rank.mean + wider * (rank.high - rank.mean)),
-        )
-        for rank in found
-    )
-    shares = firsts.mean(axis=0).tolist()
-    return tuple(Standing(rank, share) for rank, share in zip(stretched, shares, strict=True))
+    found = []
+    for arm, share in enumerate(firsts.mean(axis=0).tolist()):
+        rank = _percentiles(float(means[arm]), places[:, arm], level).stretched(wider)
+        within = Interval(rank.mean, max(1.0, rank.low), min(float(arms), rank.high))
+        found.append(Standing(within, share))
+    return tuple(found)
 
 
 def _stretch(seeds: int, level: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -64,8 +64,9 @@ def _fits(value: object, hint: Any) -> bool:
         return value in get_args(hint) and isinstance(value, str)
     if hint is float:
         # What is not finite would not come back from config.yaml.
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(float(str(value)))
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
