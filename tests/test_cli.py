@@ -123,14 +123,18 @@ def not_yaml(folder: Path) -> None:
     (folder / "run.yaml").write_text("model: {path: [\n")
 
 
-def t5(folder: Path) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
+def pegasus(folder: Path) -> None:
+    from transformers import PegasusConfig, PegasusForConditionalGeneration
 
-    config = T5Config(
-        vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
-        decoder_start_token_id=0,
+    config = PegasusConfig(
+        vocab_size=300, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_layers=1,
+        decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
     )  # fmt: skip
-    replaced(folder, T5ForConditionalGeneration(config))
+    replaced(folder, PegasusForConditionalGeneration(config))
+
+
+def t5(folder: Path) -> None:
+    save_tiny(folder / "model", "t5")
 
 
 def bert(folder: Path) -> None:
@@ -181,7 +185,12 @@ BAD_SEARCHES: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "unknown site": (nothing, ["space.protect=[decoder.9.ffn]"], "no site 'decoder.9.ffn'"),
     "truncated weights": (truncated, [], "damaged or cut short"),
     "missing weights": (no_weights, [], "no model.safetensors"),
-    "encoder-decoder": (t5, [], "T5ForConditionalGeneration is an encoder-decoder"),
+    "encoder-decoder": (
+        pegasus,
+        [],
+        "PegasusForConditionalGeneration is an encoder-decoder of the model type 'pegasus'",
+    ),
+    "encoder-decoder without targets": (t5, [], "calibration.column and calibration.target_column"),
     "unsupported architecture": (bert, [], "BertLMHeadModel (model type 'bert') is not supported"),
     "wrong device": (nothing, ["model.device=cuda:99"], "CUDA devices are visible"),
     "unwritable place": (nothing, [], "cannot create"),

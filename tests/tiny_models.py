@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+)
 
 from depthsearch.model.anatomy import Anatomy, describe
-from depthsearch.model.families import FAMILIES
+from depthsearch.model.families import ENCODER_DECODERS, FAMILIES
 from depthsearch.model.load import LoadedModel
 from depthsearch.space import Mask
 
 MODEL_TYPES = tuple(FAMILIES)
 SEQUENTIAL_TYPES = tuple(name for name, row in FAMILIES.items() if not row.parallel)
+ENCODER_DECODER_TYPES = tuple(ENCODER_DECODERS)
 PARALLEL_TYPES = tuple(name for name, row in FAMILIES.items() if row.parallel)
 VOCAB = 300
 
@@ -30,12 +36,31 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 _GPT2_SIZES: dict[str, Any] = {"n_embd": 64, "n_head": 4, "n_positions": 128}
+_BART_SIZES: dict[str, Any] = {
+    "d_model": 64,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 128,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_T5_SIZES: dict[str, Any] = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 _SLIDING = ("mistral", "phi3", "gemma2", "gemma3_text", "cohere2")
 _MIXED = ("gemma2", "gemma3_text", "cohere2")
 
 
 def tiny_config(model_type: str, blocks: int = 4, **overrides: Any) -> Any:
     """A configuration with sliding windows of 8 tokens where the family has them."""
+    if model_type in ENCODER_DECODERS:
+        return _two_stacks(model_type, blocks, **overrides)
     settings = dict(_GPT2_SIZES if model_type == "gpt2" else _SIZES)
     settings |= {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     settings["num_hidden_layers"] = blocks
@@ -47,6 +72,16 @@ def tiny_config(model_type: str, blocks: int = 4, **overrides: Any) -> Any:
     return CONFIG_MAPPING[model_type](**(settings | overrides))
 
 
+def _two_stacks(model_type: str, blocks: int, **overrides: Any) -> Any:
+    """So many blocks to read with, and one less to write with."""
+    t5 = model_type in ("t5", "mt5")
+    settings = dict(_T5_SIZES if t5 else _BART_SIZES)
+    settings |= {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    names = ("num_layers", "num_decoder_layers") if t5 else ("encoder_layers", "decoder_layers")
+    settings |= dict(zip(names, (blocks, blocks - 1), strict=True))
+    return CONFIG_MAPPING[model_type](**(settings | overrides))
+
+
 def tiny_model(
     model_type: str,
     blocks: int = 4,
@@ -54,12 +89,14 @@ def tiny_model(
     seed: int = 0,
     **overrides: Any,
 ) -> Any:
-    """A random causal language model; norms and biases are random too, so that each matters."""
+    """A random language model; norms and biases are random too, so that each matters."""
     config = tiny_config(model_type, blocks, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Converting afterwards would round the rotary frequencies, which loading never does.
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        two = model_type in ENCODER_DECODERS
+        loader: Any = AutoModelForSeq2SeqLM if two else AutoModelForCausalLM
+        model = loader.from_config(config, dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -116,3 +153,12 @@ def tiny_loaded(model_type: str, blocks: int = 4, **settings: Any) -> tuple[Load
 def keeping(pattern: str) -> Mask:
     """A mask from its key, blanks between blocks allowed: '11 10 01 11'."""
     return Mask.from_key(pattern.replace(" ", ""))
+
+
+def paired_ids(rows: int = 3, tokens: int = 16, seed: int = 0) -> torch.Tensor:
+    """Ids `[rows, 2 * tokens]` to be read and to be written, the first row padded on both sides."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (rows, 2 * tokens), generator=generator)
+    ids[0, tokens - 4 : tokens] = 0
+    ids[0, -3:] = 0
+    return ids

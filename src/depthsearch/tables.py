@@ -250,7 +250,11 @@ def plus_minus(value: float | None, error: float | None) -> str:
 
 def inspection_tables(found: Mapping[str, Any]) -> list[Table | str]:
     """A model's figures, and its sites with equal neighbours folded."""
-    totals = Table(title=f"{found['model_class']} · {found['blocks']} blocks · {found['dtype']}")
+    stacks = found["stacks"]
+    blocks = f"{found['blocks']} blocks"
+    if len(stacks) > 1:
+        blocks = ", ".join(f"{count} {name} blocks" for name, count in stacks.items())
+    totals = Table(title=f"{found['model_class']} · {blocks} · {found['dtype']}")
     for title in ("", "model", "in blocks", "outside blocks"):
         totals.add_column(title, justify="right" if title else "left")
     for metric, figures in found["totals"].items():
@@ -278,6 +282,8 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table | str]:
         "sublayer masks can be re-paired into ordinary blocks (packable: true)"
         if found["packable"]
         else "parallel blocks: only whole blocks can be exported natively"
+        if found["parallel_blocks"]
+        else "search with 'granularity: block' for masks that can be exported"
     )
     return [totals, sites, f"Self-check passed: {replay}; {packable}."]
 

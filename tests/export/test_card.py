@@ -137,6 +137,70 @@ def test_runs_are_named_as_people_would() -> None:
     assert text("11 11 11 11 11 11") == ()
 
 
+def test_runs_end_with_their_stack() -> None:
+    sites = tiny_loaded("t5")[1].sites
+
+    def text(pattern: str) -> tuple[str, ...]:
+        return dropped_text(sites, keeping(pattern))
+
+    assert text("11 11 11 00 000 111 111") == ("encoder block 3", "decoder block 0")
+    assert text("11 11 00 00 000 000 111") == (
+        "encoder blocks 2 to 3 (2 blocks)",
+        "decoder blocks 0 to 1 (2 blocks)",
+    )
+    assert text("11 11 11 11 101 110 011") == (
+        "`decoder.0.cross_attention`",
+        "`decoder.1.ffn` to `decoder.2.attention` (2 sublayers)",
+    )
+
+
+def two_stacks_text(tmp_path: Path, **settings: Any) -> str:
+    loaded, anatomy = tiny_loaded("t5")
+    repair = {"sites": {"decoder.0.ffn": {"left": 0.5, "ridge": 1e-3}}, "fit_tokens": 1000}
+    loaded, mask = replace(loaded, **settings), keeping("11 10 01 11 110 001 111")
+    card = CardData(repair=repair)
+    export(loaded, anatomy, mask, tmp_path / "small", card, check=False)
+    return (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_of_an_encoder_decoder_tells_its_stacks_apart(tmp_path: Path) -> None:
+    text = two_stacks_text(tmp_path)
+
+    for piece in (
+        "without 5 of its 17 attention, cross-attention and FFN sublayers: 3 encoder blocks "
+        "instead of 4 and 2 decoder blocks instead of 3, ",
+        "- `encoder.1.ffn` to `encoder.2.attention` (2 sublayers)",
+        "- `decoder.0.ffn` to `decoder.1.cross_attention` (3 sublayers)",
+        "- encoder block 1: attention of block 1, FFN of block 2",
+        "- decoder block 0: attention of block 0, cross-attention of block 0, FFN of block 1",
+        "The output projections of",
+    ):
+        assert piece in text, piece
+    assert "pipeline_tag" not in front_matter(text)
+
+
+def test_what_an_encoder_decoder_is_for_comes_from_the_base_model(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "t5")
+    (base / "README.md").write_text("---\npipeline_tag: translation\n---\n", encoding="utf-8")
+
+    assert (
+        front_matter(two_stacks_text(tmp_path, source=str(base)))["pipeline_tag"] == "translation"
+    )
+
+
+def test_the_code_of_the_card_of_an_encoder_decoder_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = re.findall(r"```python\n(.*?)```", two_stacks_text(tmp_path), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+
+    exec(code[0], {})
+
+    assert len(code) == 1
+    assert "AutoModelForSeq2SeqLM" in code[0]
+    assert capsys.readouterr().out
+
+
 def test_a_local_base_is_named_without_its_path() -> None:
     loaded = tiny_loaded("llama", 2)[0]
 

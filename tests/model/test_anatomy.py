@@ -8,8 +8,8 @@ from transformers import (
     AutoModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
 )
 
 from depthsearch.errors import UnsupportedModelError
@@ -50,12 +50,12 @@ def test_the_rows_norms_and_sublayers_are_all_of_a_block(model_type: str) -> Non
     assert named == with_weights
 
 
-def test_an_encoder_decoder_is_refused_with_its_class() -> None:
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+def test_an_unlisted_encoder_decoder_is_refused_with_its_class() -> None:
+    model = PegasusForConditionalGeneration(
+        PegasusConfig(vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1)
     )
 
-    with pytest.raises(UnsupportedModelError, match=r"T5ForConditionalGeneration.*'t5'.*families"):
+    with pytest.raises(UnsupportedModelError, match=r"PegasusForCond.*'pegasus'.*families"):
         describe(model)
 
 
@@ -70,7 +70,7 @@ def test_an_unlisted_decoder_is_refused_with_its_class_and_what_it_needs() -> No
         )
     )
 
-    with pytest.raises(UnsupportedModelError, match=r"GPTNeoXForCausalLM.*one row.*attention"):
+    with pytest.raises(UnsupportedModelError, match=r"GPTNeoXForCausalLM.*a row.*attention"):
         describe(model)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
+from transformers import LlamaConfig, LlamaForCausalLM, PegasusConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from depthsearch.errors import ModelError, UnsupportedModelError
@@ -213,10 +213,11 @@ def test_a_hub_id_loads_from_the_hubs_cache(checkpoint, tmp_path, monkeypatch):
 def test_unknown_and_unsuitable_architectures(checkpoint):
     edit_config(checkpoint, model_type="martian")
     assert "martian" in fails(checkpoint, UnsupportedModelError)
-    config = T5Config(d_model=8, num_layers=1, architectures=["T5ForConditionalGeneration"])
+    config = PegasusConfig(d_model=16, architectures=["PegasusForConditionalGeneration"])
     config.save_pretrained(checkpoint)
     message = fails(checkpoint, UnsupportedModelError)
-    assert "T5ForConditionalGeneration is an encoder-decoder" in message
+    assert "PegasusForConditionalGeneration is an encoder-decoder" in message
+    assert "bart, m2m_100, marian, mbart, mt5, t5" in message
     edit_config(checkpoint, model_type="vit", is_encoder_decoder=False, architectures=["ViTModel"])
     assert "decoder-only" in fails(checkpoint, UnsupportedModelError)
 

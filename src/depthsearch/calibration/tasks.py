@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from depthsearch.calibration.pair_rows import PairRows
 from depthsearch.calibration.parallel import Pair
 from depthsearch.calibration.windows import opening_tokens
 from depthsearch.errors import DataError
@@ -22,6 +23,7 @@ class Task:
 
     A continuation ends before the first of the tokens `ends`. `references` holds one text a
     prompt; None stands for what the dense model itself writes. `tokenizer` turns ids into text.
+    An encoder-decoder reads the prompt and writes a text of its own, behind the tokens `starts`.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -29,6 +31,7 @@ class Task:
     max_new_tokens: int
     ends: tuple[int, ...]
     tokenizer: Any = field(repr=False, compare=False)
+    starts: tuple[int, ...] | None = None
 
     @property
     def longest(self) -> int:
@@ -38,7 +41,9 @@ class Task:
     @cached_property
     def fingerprint(self) -> str:
         """A sha256 of all that decides what is asked for and what it is held against."""
-        parts = (self.prompts, self.references, self.max_new_tokens, self.ends)
+        parts: tuple[Any, ...] = (self.prompts, self.references, self.max_new_tokens, self.ends)
+        if self.starts is not None:
+            parts += (self.starts,)
         return hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass")).hexdigest()
 
     def batches(self, batch_tokens: int) -> tuple[range, ...]:
@@ -85,6 +90,30 @@ def pair_task(pairs: Sequence[Pair], model: Any, tokenizer: Any, max_new_tokens:
     )
     references = tuple(pair.reference for pair in pairs)
     return _fitting(prompts, references, model, tokenizer, max_new_tokens)
+
+
+def translation_task(
+    rows: PairRows, texts: Sequence[str], window_tokens: int, max_new_tokens: int
+) -> Task:
+    """The sources of `texts`, for an encoder-decoder, held against their targets.
+
+    Sources of more than `window_tokens` tokens are cut off, as in the rows that losses are taken
+    on. Raises DataError where an answer does not fit into the model's context.
+    """
+    room = context_window(rows.model)
+    if room is not None and max_new_tokens + len(rows.starts) > room:
+        raise DataError(
+            f"objective.max_new_tokens = {max_new_tokens:,} do not fit into the model's context of "
+            f"{room:,} tokens: lower it"
+        )
+    return Task(
+        rows.sources(texts, window_tokens),
+        tuple(rows.pairs[text].reference for text in texts),
+        max_new_tokens,
+        _end_tokens(rows.model, rows.tokenizer),
+        rows.tokenizer,
+        rows.starts,
+    )
 
 
 def _fitting(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depthsearch.calibration.pair_rows import PairRows
 from depthsearch.calibration.text import Documents
 from depthsearch.errors import DataError
 
@@ -64,6 +65,7 @@ def make_splits(
     seed: int,
     fit_tokens: int = 0,
     fit_other: Other | None = None,
+    pairs: PairRows | None = None,
 ) -> Splits:
     """Tokenize as many documents as needed and pack each split into windows of one length.
 
@@ -75,12 +77,15 @@ def make_splits(
     Gemma's begin-of-text token, open every window. Each split has `tokens // window_tokens`
     windows; a split asked for with 0 tokens is empty.
 
+    With `pairs` every document is a source and its target, and makes one row `2 * window_tokens`
+    long for an encoder-decoder; a window's tokens count once.
+
     With `fit_other` a share of the fit windows is from those documents, spread evenly among the
     others; documents that `documents` holds as well are left out of it.
 
     Raises DataError where the figures don't fit together or the text is too short.
     """
-    prefix = opening_tokens(tokenizer)
+    prefix = opening_tokens(tokenizer) if pairs is None else ()
     asked = {
         "select": select_tokens,
         "finals": finals_tokens,
@@ -95,7 +100,7 @@ def make_splits(
                 f"{name}_tokens is {tokens}; allowed: 0, or at least one window of {window_tokens}"
             )
     held, rest = _dealt(documents, heldout_fraction, seed)
-    packer = _Packer(tokenizer, prefix, window_tokens, documents.source)
+    packer = _Packer(tokenizer, prefix, window_tokens, documents.source, pairs)
     heldout, _ = packer.pack(held, heldout_tokens, "heldout")
     select, used = packer.pack(rest, select_tokens, "select")
     finals, more = packer.pack(rest[used:], finals_tokens, "finals")
@@ -306,10 +311,13 @@ class _Packer:
     prefix: tuple[int, ...]
     window_tokens: int
     source: str
+    pairs: PairRows | None = None
 
     def pack(self, texts: Sequence[str], tokens: int, split: str) -> tuple[Tensor, int]:
         """The windows of one split `[n, window]`, and how many of `texts` went into it."""
         count = tokens // self.window_tokens
+        if self.pairs is not None:
+            return self._paired(texts, count, split), count
         body = self.window_tokens - len(self.prefix)
         stream, used = self.stream(texts, count * body)
         if len(stream) < count * body:
@@ -320,6 +328,17 @@ class _Packer:
                 f"{split}_tokens, {self._remedy(split)}, or give more text"
             )
         return self.rows(stream, count), used
+
+    def _paired(self, texts: Sequence[str], count: int, split: str) -> Tensor:
+        """The first `count` texts, a row each."""
+        assert self.pairs is not None
+        if len(texts) < count:
+            raise DataError(
+                f"{self.source}: the {split} split needs {count:,} sources with their targets, one "
+                f"for {self.window_tokens} of its tokens, but {len(texts):,} are left for it; "
+                f"lower {split}_tokens, {self._remedy(split)}, or give more text"
+            )
+        return self.pairs.rows(texts[:count], self.window_tokens)
 
     def stream(self, texts: Sequence[str], needed: int) -> tuple[list[int], int]:
         """At least `needed` tokens of `texts` where there are so many, and how many were used."""

@@ -49,15 +49,22 @@ class CalibrationConfig(Section):
     """the column with what the model should write, such as the translation of `column`: each row
     becomes a prompt and its target, for the loss chrf and as text for all others"""
     prompt: str = "{source}\n"
-    """with target_column: what the model reads, {source} standing for the text in `column`"""
+    """with target_column: what the model reads, {source} standing for the text in `column`;
+    encoder-decoders read it without line breaks at its end"""
     chat: bool = False
     """with target_column: the prompt is a user's message in the tokenizer's chat template"""
+    source_language: str | None = None
+    """with target_column: the language of `column`, by the name that the tokenizer of an
+    encoder-decoder has for it, such as eng_Latn; not needed where it knows no languages"""
+    target_language: str | None = None
+    """with target_column: the language of target_column, likewise"""
     split: str = "train"
     """split of a hub dataset"""
     subset: str | None = None
     """configuration name of a hub dataset"""
     window_tokens: Tokens = 256
-    """length of one sequence"""
+    """length of one sequence; an encoder-decoder reads and writes as many tokens each, of one row
+    with its target, longer ones cut off and shorter ones padded"""
     select_tokens: Tokens = 8192
     """tokens that candidates are compared on during the search"""
     finals_tokens: Tokens = 16384
@@ -91,7 +98,7 @@ class CalibrationConfig(Section):
     @model_validator(mode="after")
     def _check_target(self) -> Self:
         if self.target_column is None:
-            for key in ("prompt", "chat"):
+            for key in ("prompt", "chat", "source_language", "target_language"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key} needs target_column: name one, or leave {key} out")
         elif self.target_column == self.column:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -21,6 +22,9 @@ class Accounting:
 
     One cost_token is the FLOPs of one token through all sites and the head. `looked_at` are the
     positions of each sequence that the head runs for. Masks that are repaired share less.
+
+    With an encoder-decoder a token is one read and one written, `stack_ends` are the first sites
+    behind its stacks.
     """
 
     site_flops: tuple[int, ...]
@@ -30,6 +34,7 @@ class Accounting:
     needs_teacher: bool
     mode: Mode
     repair: Repair = "none"
+    stack_ends: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -44,7 +49,15 @@ class Accounting:
     ) -> Accounting:
         """The accounting of `model`, whose weights may be on the meta device."""
         sites = cost_table(model, anatomy, window_tokens).of("flops").sites
-        return cls(tuple(sites), head_flops(model), window_tokens, looked_at, needs_teacher, mode)
+        return cls(
+            tuple(sites),
+            head_flops(model),
+            window_tokens,
+            looked_at,
+            needs_teacher,
+            mode,
+            stack_ends=anatomy.stack_ends,
+        )
 
     @property
     def dense_flops(self) -> int:
@@ -63,7 +76,7 @@ class Accounting:
         """How often each site is run for these masks, at least one."""
         if self.mode is Mode.WHOLE:
             return [sum(mask.keep[i] for mask in masks) for i in range(len(masks[0]))]
-        return executed_sites(masks, width(self.mode), self.repair)
+        return executed_sites(masks, width(self.mode), self.repair, self.stack_ends)
 
     def unit(self, executed: Sequence[int], masks: int, sequences: int) -> float:
         """One unit: `executed[site]` runs of each site, and the heads of `masks` masks."""
@@ -73,10 +86,26 @@ class Accounting:
         return flops / self.dense_flops
 
     def written(self, mask: Mask, prompt_tokens: int, passes: int) -> float:
-        """One sequence that `mask` writes after a prompt: the last token is not put through."""
+        """One sequence that `mask` writes after a prompt: the last token is not put through.
+
+        An encoder-decoder reads the prompt in its encoder alone, and puts a first token through.
+        """
+        if len(self.stack_ends) > 1:
+            read, through = (
+                sum(n for kept, n in parts if kept)
+                for parts in self._by_stack(mask.keep, self.site_flops)
+            )
+            flops = prompt_tokens * read + passes * (through + self.head_flops)
+            return flops / self.dense_flops
         body = sum(cost for kept, cost in zip(mask.keep, self.site_flops, strict=True) if kept)
         flops = (prompt_tokens + passes - 1) * body + passes * self.head_flops
         return flops / self.dense_flops
+
+    def _by_stack(
+        self, keep: Sequence[bool], flops: Sequence[int]
+    ) -> tuple[list[tuple[bool, int]], ...]:
+        both = list(zip(keep, flops, strict=True))
+        return tuple(both[a:b] for a, b in pairwise((0, *self.stack_ends)))
 
     def plan(self, masks: Sequence[Mask], sequences: Sequence[int]) -> float:
         """`masks` on batches of so many `sequences`."""
@@ -87,6 +116,8 @@ class Accounting:
 
     def hints(self, tokens: int) -> float:
         """The dense residual stream of `tokens` tokens: inside the blocks attention runs twice."""
+        if len(self.stack_ends) > 1:
+            return self.body(tokens)
         return tokens * (sum(self.site_flops) + sum(self.site_flops[::2])) / self.dense_flops
 
     def gradients(self, sequences: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,41 +20,91 @@ def decode_greedily(
     highest logit is taken, whatever else the model's own settings for generation ask for.
     """
     device = next(model.parameters()).device
-    ids, mask = (part.to(device) for part in _padded_left(prompts))
+    ids, mask = (part.to(device) for part in _padded(prompts, left=True))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    stops = torch.tensor(list(ends), dtype=torch.long, device=device)
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    cache: Any = None
-    written: list[Tensor] = []
-    for _ in range(max_new_tokens):
-        output = model(
-            input_ids=ids,
+
+    def step(tokens: Tensor | None, cache: Any) -> Any:
+        nonlocal positions, mask
+        if tokens is not None:
+            positions = positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=-1)
+        return model(
+            input_ids=ids if tokens is None else tokens,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
+
+    return _decoded(step, device, len(prompts), max_new_tokens, ends)
+
+
+@torch.no_grad()
+def translate_greedily(
+    model: Any,
+    sources: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    max_new_tokens: int,
+    ends: Sequence[int],
+) -> tuple[list[list[int]], int]:
+    """As `decode_greedily`, for an encoder-decoder that reads `sources` once.
+
+    What it writes begins with the tokens `starts`, which are not part of the answer and don't
+    count as new. Shorter sources are padded on the right.
+    """
+    device = next(model.parameters()).device
+    ids, mask = (part.to(device) for part in _padded(sources, left=False))
+    ids = torch.where(mask.bool(), ids, int(model.config.pad_token_id))
+    encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)[0]
+    first = torch.tensor(list(starts), device=device).expand(len(sources), -1)
+
+    def step(tokens: Tensor | None, cache: Any) -> Any:
+        return model(
+            encoder_outputs=(encoded,),
+            attention_mask=mask,
+            decoder_input_ids=first if tokens is None else tokens,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    return _decoded(step, device, len(sources), max_new_tokens, ends)
+
+
+def _decoded(
+    step: Callable[[Tensor | None, Any], Any],
+    device: torch.device,
+    rows: int,
+    max_new_tokens: int,
+    ends: Sequence[int],
+) -> tuple[list[list[int]], int]:
+    """What `step(tokens, cache)` has each row write; the first one is given neither."""
+    stops = torch.tensor(list(ends), dtype=torch.long, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    written: list[Tensor] = []
+    tokens, cache = None, None
+    for _ in range(max_new_tokens):
+        output = step(tokens, cache)
         cache = output.past_key_values
         chosen = output.logits[:, -1].float().argmax(-1).to(device)
         written.append(chosen)
         ended = ended | torch.isin(chosen, stops)
         if bool(ended.all()):
             break
-        ids, positions = chosen.unsqueeze(-1), positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=-1)
-    rows = torch.stack(written, dim=-1).tolist()
-    return [_until(row, set(ends)) for row in rows], len(written)
+        tokens = chosen.unsqueeze(-1)
+    found = torch.stack(written, dim=-1).tolist()
+    return [_until(row, set(ends)) for row in found], len(written)
 
 
-def _padded_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _padded(prompts: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
     """Ids `[prompt, longest]`, and a mask of the same shape with ones at what is no padding."""
     longest = max(map(len, prompts))
     ids = torch.zeros((len(prompts), longest), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-        mask[row, longest - len(prompt) :] = 1
+        start = longest - len(prompt) if left else 0
+        ids[row, start : start + len(prompt)] = torch.tensor(list(prompt))
+        mask[row, start : start + len(prompt)] = 1
     return ids, mask
 
 

@@ -95,12 +95,13 @@ class FitText:
                 f"{len(windows)} windows to fit repairs on, at least {HELD_BACK} are needed: raise "
                 "calibration.fit_tokens"
             )
-        self.tokens = windows.numel()
+        self.tokens = windows.numel() // len(stepper.replayer.anatomy.stacks)
         self.ill_conditioned = 0
         self._stepper = stepper
         self._operator = OPERATORS[operator]
         self._device = next(stepper.replayer.model.parameters()).device
-        rows = max(1, min(batch_tokens // windows.shape[1], len(windows) // HELD_BACK))
+        wide = windows.shape[1] // len(stepper.replayer.anatomy.stacks)
+        rows = max(1, min(batch_tokens // wide, len(windows) // HELD_BACK))
         self._batches = batches(windows, rows * windows.shape[1])
         self._streams: list[States] = []
         self._calls: tuple[tuple[Call, ...], ...] = ()
@@ -133,11 +134,11 @@ class FitText:
         for place, hidden in enumerate(states):
             with _inputs_of(projection.module) as seen:
                 after = self._stepper.run(self._calls[place], step, kept, hidden)
-            inputs = seen[0].flatten(0, -2)
+            streams = (after, *(self.dense(t)[place] for t in (*targets, step + 1)))
             # In a model spread over devices all is brought to where the projection is.
-            found, *aims, whole = (
-                hidden.flatten(0, -2).to(inputs.device)
-                for hidden in (after, *(self.dense(t)[place] for t in (*targets, step + 1)))
+            device = seen[0].device
+            inputs, found, *aims, whole = (
+                self._tokens(place, projection, hidden).to(device) for hidden in (seen[0], *streams)
             )
             errors = [aim.float() - found.float() for aim in aims]
             part = held if place % HELD_BACK == HELD_BACK - 1 else fit
@@ -151,6 +152,18 @@ class FitText:
             )
         self.ill_conditioned += len(fits.ill_conditioned)
         return {Turn(kept, target): patch for target, patch in fits.patches.items()}
+
+    def _tokens(self, place: int, projection: Projection, hidden: Tensor) -> Tensor:
+        """What one batch has `[token, channel]` where a projection writes, padding left out."""
+        replayer = self._stepper.replayer
+        block = replayer.anatomy.block_of(projection.site)
+        ids = self._batches[place]
+        if hidden.shape[1] == ids.shape[1]:
+            hidden = replayer.half(hidden, block)
+        seen = replayer.seen(ids)
+        if seen is None:
+            return hidden.flatten(0, -2)
+        return hidden[replayer.half(seen, block).to(hidden.device)]
 
     def projection(self, step: int, turn: Turn) -> Projection:
         """What a turn refits."""

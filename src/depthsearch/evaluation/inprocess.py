@@ -48,8 +48,11 @@ class InProcess:
         fit: Tensor | None = None,
     ) -> None:
         self._device = next(model.parameters()).device
-        self.samples = draw_samples(windows, batch_tokens, positions, seed, self._device)
         self.replayer = Replayer(model, anatomy)
+        pad = self.replayer.pad
+        # A row of an encoder-decoder is as many tokens read as written, which count once.
+        ids = batch_tokens * len(anatomy.stacks)
+        self.samples = draw_samples(windows, ids, positions, seed, self._device, pad)
         self._objective = objective
         self.mode = mode
         self.batch_tokens = batch_tokens
@@ -57,7 +60,7 @@ class InProcess:
         self.accounting = Accounting.of(
             model,
             anatomy,
-            window_tokens=windows.shape[1],
+            window_tokens=windows.shape[1] // len(anatomy.stacks),
             looked_at=self.samples[0].positions.shape[1],
             needs_teacher=objective.needs_teacher,
             mode=mode,
@@ -182,10 +185,14 @@ class InProcess:
     @torch.no_grad()
     def hints(self) -> tuple[Hints, float]:
         """Similarities of the dense residual stream over the first batches."""
-        similarities = Similarities(len(self.replayer.anatomy.sites) + 1)
+        anatomy = self.replayer.anatomy
+        similarities = Similarities(len(anatomy.sites) + 1, anatomy.stack_ends)
         for batch in range(min(HINT_BATCHES, len(self.samples))):
-            similarities.add(self.replayer.states(self.recording(batch)), self._device)
-        return similarities.hints(), self.accounting.hints(similarities.tokens)
+            recording = self.recording(batch)
+            seen = self.replayer.seen_by_stack(recording.ids)
+            similarities.add(self.replayer.states(recording), self._device, seen)
+        tokens = sum(self.sequences[:HINT_BATCHES]) * self.window_tokens
+        return similarities.hints(), self.accounting.hints(tokens)
 
     def sensitivity(self) -> tuple[Sensitivity, float]:
         """First-order estimates of what each site is worth, over all batches."""

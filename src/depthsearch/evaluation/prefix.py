@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from depthsearch.evaluation.turns import Repair, Step, Turn, steps_of, turns_of
+from depthsearch.evaluation.turns import Repair, Steps, Turn, steps_of, turns_of
 from depthsearch.space import Mask
 
 State = TypeVar("State")
@@ -26,7 +26,7 @@ class PrefixWalk(Generic[State]):
 
     def __init__(
         self,
-        steps: Sequence[Step],
+        steps: Steps,
         advance: Callable[[int, Turn, State], State],
         repair: Repair = "none",
         prepare: Callable[[int, Sequence[Turn], State], None] | None = None,
@@ -76,8 +76,14 @@ class PrefixWalk(Generic[State]):
         return self._advance(depth, turn, state)
 
 
-def executed_sites(masks: Sequence[Mask], width: int = 1, repair: Repair = "none") -> list[int]:
-    """How often each site would be run for these masks with shared prefixes, nothing computed."""
-    walk: PrefixWalk[None] = PrefixWalk(steps_of(len(masks[0]), width), lambda *_: None, repair)
+def executed_sites(
+    masks: Sequence[Mask], width: int = 1, repair: Repair = "none", ends: Sequence[int] = ()
+) -> list[int]:
+    """How often each site would be run for these masks with shared prefixes, nothing computed.
+
+    `ends` as in `steps_of`.
+    """
+    steps = steps_of(len(masks[0]), width, ends)
+    walk: PrefixWalk[None] = PrefixWalk(steps, lambda *_: None, repair)
     walk.run(masks, None, lambda *_: None)
     return walk.executed

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthsearch.evaluation.accounting import Accounting, width
+from depthsearch.evaluation.accounting import Accounting
 from depthsearch.evaluation.backend import UnitResult
 from depthsearch.evaluation.fitting import FitCost, FitText
 from depthsearch.evaluation.inprocess import InProcess
 from depthsearch.evaluation.refitting import Prefix, RefitWalk, Tally
 from depthsearch.evaluation.samples import halved, unit_result
 from depthsearch.evaluation.stepping import Stepper
-from depthsearch.evaluation.turns import Repair, steps_of
+from depthsearch.evaluation.turns import Repair
 from depthsearch.model.repair import Patch
 from depthsearch.space import Hints, Mask, Sensitivity
 
@@ -77,8 +77,7 @@ class Refitted:
         """The `cost_tokens` of evaluating `masks`, nothing computed."""
         if not masks:
             return 0.0
-        steps = steps_of(len(masks[0]), width(self._judge.mode))
-        walk = RefitWalk(steps, self._repair, None, None)
+        walk = RefitWalk(self._stepper.steps, self._repair, None, None)
         walk.run(masks, (), lambda *_: None)
         return self._tokens(walk.tally, len(masks))
 

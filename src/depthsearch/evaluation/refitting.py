@@ -16,7 +16,7 @@ from torch import Tensor
 from depthsearch.evaluation.fitting import FitText, States, factors
 from depthsearch.evaluation.prefix import PrefixWalk
 from depthsearch.evaluation.stepping import Stepper
-from depthsearch.evaluation.turns import Repair, Step, Turn, fitted_site
+from depthsearch.evaluation.turns import Repair, Steps, Turn, fitted_site
 from depthsearch.model.repair import Patch, patched
 from depthsearch.model.replay import Call
 from depthsearch.space import Mask
@@ -67,7 +67,7 @@ class RefitWalk:
     """Walks masks through the model; without a fit text it only counts what would be done."""
 
     def __init__(
-        self, steps: Sequence[Step], repair: Repair, stepper: Stepper | None, fit: FitText | None
+        self, steps: Steps, repair: Repair, stepper: Stepper | None, fit: FitText | None
     ) -> None:
         self._steps = steps
         self._repair: Repair = repair

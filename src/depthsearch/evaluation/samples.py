@@ -20,11 +20,13 @@ from depthsearch.space import Mask, Status
 class Sample:
     """One batch: ids `[sequence, window]`, and sorted positions `[sequence, count]` of it.
 
-    Every position has a next token.
+    Every position has a next token. Sequences that have fewer than others repeat one, whose
+    `weights` `[sequence, count]` are 0; those of the others are 1, and so are all without any.
     """
 
     ids: Tensor
     positions: Tensor
+    weights: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -48,22 +50,34 @@ class Sample:
     def by_sequence(self, losses: Tensor) -> Tensor:
         """The mean over positions: `[mask, sequence]` of `[mask, sequence * count]`."""
         by_sequence: Tensor = losses.double().unflatten(1, tuple(self.positions.shape))
-        return by_sequence.mean(-1)
+        if self.weights is None:
+            return by_sequence.mean(-1)
+        weights = self.weights.to(by_sequence)
+        return (by_sequence * weights).sum(-1) / weights.sum(-1)
 
 
 def draw_samples(
-    windows: Tensor, batch_tokens: int, share: float, seed: int, device: torch.device
+    windows: Tensor,
+    batch_tokens: int,
+    share: float,
+    seed: int,
+    device: torch.device,
+    pad: int | None = None,
 ) -> tuple[Sample, ...]:
     """Windows `[sequence, window]` in batches of `batch_tokens`, placed on `device`.
 
     `share` of the positions of each sequence is drawn from `seed` and the number of the batch,
-    one position at least. Raises DataError for no windows or windows of fewer than two tokens.
+    one position at least. With `pad`, windows are an encoder-decoder's: positions are those of the
+    second half that are followed by another token than that. Raises DataError for no windows or
+    windows of fewer than two tokens.
     """
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise DataError(
             f"calibration windows must be [sequence, 2 or more tokens]: got {list(windows.shape)}"
         )
     window = windows.shape[1]
+    if pad is not None:
+        return _written_samples(windows, batch_tokens, share, seed, device, pad)
     count = max(1, math.ceil(share * (window - 1)))
     return tuple(
         Sample(ids.to(device), _draw_positions(ids.shape[0], window, count, seed, batch).to(device))
@@ -117,3 +131,30 @@ def _draw_positions(sequences: int, window: int, count: int, seed: int, batch: i
     rng = np.random.default_rng([seed, batch])
     drawn = [np.sort(rng.choice(window - 1, size=count, replace=False)) for _ in range(sequences)]
     return torch.from_numpy(np.stack(drawn))
+
+
+def _written_samples(
+    windows: Tensor, batch_tokens: int, share: float, seed: int, device: torch.device, pad: int
+) -> tuple[Sample, ...]:
+    """As `draw_samples`, of what an encoder-decoder writes."""
+    half = windows.shape[1] // 2
+    # Targets stand in front: the padding behind them begins where the first one is missing.
+    ends = (windows[:, half + 1 :] != pad).long().cumprod(1).sum(1)
+    if windows.shape[1] % 2 or int(ends.min()) < 1:
+        raise DataError("an encoder-decoder needs rows of two equal halves with a target in each")
+    most = max(1, math.ceil(share * int(ends.max())))
+    found: list[Sample] = []
+    start = 0
+    for batch, ids in enumerate(batches(windows, batch_tokens)):
+        rng = np.random.default_rng([seed, batch])
+        positions = np.full((len(ids), most), half)
+        weights = np.zeros((len(ids), most))
+        for row, end in enumerate(ends[start : start + len(ids)].tolist()):
+            count = max(1, math.ceil(share * end))
+            positions[row, :count] = half + np.sort(rng.choice(end, size=count, replace=False))
+            positions[row, count:] = positions[row, count - 1]
+            weights[row, :count] = 1
+        placed = (torch.from_numpy(array).to(device) for array in (positions, weights))
+        found.append(Sample(ids.to(device), *placed))
+        start += len(ids)
+    return tuple(found)

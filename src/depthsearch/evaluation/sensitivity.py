@@ -28,6 +28,11 @@ def gate_sensitivity(
     Raises UnsupportedModelError for a model whose blocks can't be replayed, ModelError where the
     gradients are not finite or memory runs out.
     """
+    if replayer.anatomy.encoder_blocks:
+        raise UnsupportedModelError(
+            f"{replayer.anatomy.model_class} is an encoder-decoder, for which no gradients of "
+            "single sublayers are there: choose another search.method"
+        )
     if mode is Mode.WHOLE:
         raise UnsupportedModelError(
             f"{replayer.anatomy.model_class}: its blocks can't be replayed on their own, so there "

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from depthsearch.errors import UnsupportedModelError
 from depthsearch.evaluation.accounting import width
-from depthsearch.evaluation.turns import Step, steps_of
+from depthsearch.evaluation.turns import Steps, steps_of
 from depthsearch.model.replay import Call, Mode, Replayer
 
 
@@ -23,15 +23,11 @@ class Stepper:
                 "can't be repaired: set search.repair to none"
             )
         self.replayer = replayer
-        self.steps: tuple[Step, ...] = steps_of(len(replayer.anatomy.sites), width(mode))
+        anatomy = replayer.anatomy
+        self.steps: Steps = steps_of(len(anatomy.sites), width(mode), anatomy.stack_ends)
 
     def run(
         self, calls: tuple[Call, ...], step: int, kept: tuple[bool, ...], hidden: Tensor
     ) -> Tensor:
         """The hidden states `[batch, seq, hidden]` after one step with the sites asked for."""
-        if len(kept) == 1:
-            block, place = divmod(step, 2)
-            attention, ffn = place == 0, place == 1
-        else:
-            block, (attention, ffn) = step, kept
-        return self.replayer.apply(calls[block], block, hidden, attention=attention, ffn=ffn)
+        return self.replayer.run(calls, self.steps[step], kept, hidden)

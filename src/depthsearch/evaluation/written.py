@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from depthsearch.calibration.chrf import chrf_losses
 from depthsearch.calibration.tasks import Task
 from depthsearch.evaluation.backend import UnitResult
-from depthsearch.evaluation.decoding import decode_greedily
+from depthsearch.evaluation.decoding import decode_greedily, translate_greedily
 from depthsearch.evaluation.inprocess import InProcess
 from depthsearch.evaluation.samples import is_out_of_memory
 from depthsearch.evaluation.similarity import HINT_BATCHES
@@ -80,7 +80,12 @@ class Written:
         task, replayer = self._task, self._judge.replayer
         prompts = [task.prompts[place] for place in self._batches[batch]]
         with masked(replayer.model, replayer.anatomy, mask) as model:
-            written, passes = decode_greedily(model, prompts, task.max_new_tokens, task.ends)
+            if task.starts is None:
+                written, passes = decode_greedily(model, prompts, task.max_new_tokens, task.ends)
+            else:
+                written, passes = translate_greedily(
+                    model, prompts, task.starts, task.max_new_tokens, task.ends
+                )
         return task.texts(written), passes
 
     def plan(self, masks: Sequence[Mask]) -> float:

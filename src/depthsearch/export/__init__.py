@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from depthsearch.export.card import CardData, Figure
 from depthsearch.export.export import ExportResult, export
-from depthsearch.export.native import NativePlan, plan_native, truncated_config, truncated_state
+from depthsearch.export.native import NativePlan, plan_native, truncated_state
+from depthsearch.export.settings import truncated_config
 from depthsearch.export.verify import Case, Verification, verify_export, verify_exports
 
 __all__ = [

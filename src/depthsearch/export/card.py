@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from depthsearch import __version__
-from depthsearch.export.native import NativePlan
+from depthsearch.export.native import KIND_NAMES, NativePlan
 from depthsearch.export.verify import Verification
 from depthsearch.export.write import base_directory
 from depthsearch.model.anatomy import describe
 from depthsearch.model.load import LoadedModel
 from depthsearch.sources import is_path
 from depthsearch.space import Budget, Mask, Site
+from depthsearch.space.packing import block_kinds, stacks_of
 
 _INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -71,19 +73,15 @@ def model_card(
         f"[{base}](https://huggingface.co/{base})" if "/" in base else f"`{base}`",
     ]
     parts[-1] += (
-        f" without {len(mask.dropped)} of its {len(mask)} attention and FFN sublayers: "
-        f"{len(plan.pairs)} blocks instead of {plan.dense_blocks}, {small:,} parameters instead of "
+        f" without {len(mask.dropped)} of its {len(mask)} {_kinds(sites)} sublayers: "
+        f"{_blocks(plan)}, {small:,} parameters instead of "
         f"{dense:,} ({100 * small / dense:.1f} %). It is an ordinary checkpoint of its family and "
         "needs no code of its own."
     )
-    parts += ["## Load it", _loading(title)]
+    loading = _loading_two_stacks if len(plan.stacks) > 1 else _loading
+    parts += ["## Load it", loading(title)]
     parts += ["## What was dropped", "\n".join(f"- {run}" for run in dropped) or "Nothing."]
-    repaired = [
-        f"block {new}: attention of block {a}, FFN of block {f}"
-        for new, (a, f) in enumerate(plan.pairs)
-        if a != f
-    ]
-    if repaired:
+    if repaired := _repaired(sites, plan):
         parts.append("What remains was paired anew, numbers of the base model:")
         parts.append("\n".join(f"- {line}" for line in repaired))
     if card.repair is not None:
@@ -96,9 +94,9 @@ def model_card(
 
 
 def dropped_text(sites: Sequence[Site], mask: Mask) -> tuple[str, ...]:
-    """Each run of dropped sites as a phrase, whole blocks named as such."""
+    """Each run of dropped sites of a stack as a phrase, whole blocks named as such."""
     found = []
-    for start, stop in mask.runs:
+    for start, stop in _runs(sites, mask):
         first, last = sites[start], sites[stop - 1]
         whole = first.kind == "attention" and last.kind == "ffn"
         if whole and first.block == last.block:
@@ -113,6 +111,46 @@ def dropped_text(sites: Sequence[Site], mask: Mask) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _runs(sites: Sequence[Site], mask: Mask) -> list[tuple[int, int]]:
+    """The runs of dropped sites `(start, stop)`, cut where one stack ends and the next begins."""
+    found: list[tuple[int, int]] = []
+    for start, stop in mask.runs:
+        cuts = [i for i in range(start + 1, stop) if sites[i - 1].stack != sites[i].stack]
+        found += pairwise([start, *cuts, stop])
+    return found
+
+
+def _kinds(sites: Sequence[Site]) -> str:
+    """The kinds of sublayers as a list in words."""
+    present = {site.kind for site in sites}
+    names = [name for kind, name in KIND_NAMES.items() if kind in present]
+    return " and ".join([", ".join(names[:-1]), names[-1]])
+
+
+def _blocks(plan: NativePlan) -> str:
+    """How many blocks remain, by stack."""
+    if len(plan.stacks) == 1:
+        return f"{len(plan.pairs)} blocks instead of {plan.dense_blocks}"
+    encoder, decoder = plan.stacks
+    return (
+        f"{len(encoder.pairs)} encoder blocks instead of {encoder.dense_blocks} and "
+        f"{len(decoder.pairs)} decoder blocks instead of {decoder.dense_blocks}"
+    )
+
+
+def _repaired(sites: Sequence[Site], plan: NativePlan) -> list[str]:
+    """The new blocks that are made of several dense ones, a phrase each."""
+    found = []
+    for stack, part in zip(stacks_of(sites), plan.stacks, strict=True):
+        prefix = f"{stack[0].stack} " if len(plan.stacks) > 1 else ""
+        for new, sources in enumerate(part.pairs):
+            if len(set(sources)) > 1:
+                named = zip(block_kinds(stack), sources, strict=True)
+                origins = ", ".join(f"{KIND_NAMES[k]} of block {block}" for k, block in named)
+                found.append(f"{prefix}block {new}: {origins}")
+    return found
+
+
 def base_name(loaded: LoadedModel) -> str:
     """The hub id of the base model, or the name of its file or directory."""
     if is_path(loaded.source, (".gguf", ".safetensors")):
@@ -121,13 +159,16 @@ def base_name(loaded: LoadedModel) -> str:
 
 
 def _front_matter(loaded: LoadedModel) -> str:
+    inherited = _base_front_matter(base_directory(loaded))
+    # What an encoder-decoder is for (to translate, to summarize) only its own card knows.
+    two = bool(loaded.model.config.is_encoder_decoder)
+    task = inherited.get("pipeline_tag") if two else "text-generation"
     data: dict[str, Any] = {
         "base_model": base_name(loaded),
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        **({"pipeline_tag": task} if task else {}),
         "tags": ["depthsearch", "depth-pruning", "pruned"],
     }
-    inherited = _base_front_matter(base_directory(loaded))
     data |= {name: inherited[name] for name in _INHERITED if name in inherited}
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---"
@@ -157,6 +198,18 @@ tokenizer = AutoTokenizer.from_pretrained("{title}")
 model = AutoModelForCausalLM.from_pretrained("{title}")
 tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))
+```"""
+
+
+def _loading_two_stacks(title: str) -> str:
+    return f"""```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+model = AutoModelForSeq2SeqLM.from_pretrained("{title}")
+tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+written = model.generate(**tokens, max_new_tokens=40)[0]
+print(tokenizer.decode(written, skip_special_tokens=True))
 ```"""
 
 
@@ -202,7 +255,7 @@ def _making(mask: Mask, card: CardData, check: Verification | None) -> str:
 def _refitted(loaded: LoadedModel, card: CardData) -> str:
     assert card.repair is not None
     sites: Mapping[str, Mapping[str, float]] = card.repair["sites"]
-    norms = describe(loaded.model).stack.row.norm_after
+    norms = any(row.norm_after for row in describe(loaded.model).rows)
     what = "The output projections, and the size of the norms behind them, of"
     what = what if norms else "The output projections of"
     lines = [

@@ -63,11 +63,11 @@ def export(
     """Write the small model to the new directory `out`, checked against the masked model.
 
     The directory appears only when complete; its last file is depthsearch.json. `overwrite`
-    replaces an earlier export. `tokens` `[batch, seq]` are the ids for the check, random ones by
-    default. An export that fails its check is kept as `<out>.failed`. `measure` is called with the
-    checked checkpoint before its card is written, and adds its figures to the card's; where it
-    raises a DepthsearchError, the card goes without. `patches` are refitted weights that take the
-    place of the old ones.
+    replaces an earlier export. `tokens` `[batch, seq]` are the ids for the check, as
+    `verify_export` takes them, random ones by default. An export that fails its check is kept as
+    `<out>.failed`. `measure` is called with the checked checkpoint before its card is written, and
+    adds its figures to the card's; where it raises a DepthsearchError, the card goes without.
+    `patches` are refitted weights that take the place of the old ones.
 
     Raises ExportError for a mask or model that has no native form, for a target that exists, and
     for a failed check; StorageError for a full disk.
@@ -149,6 +149,7 @@ def _manifest(
         "kept": [anatomy.sites[i].name for i in mask.kept],
         "dropped": [anatomy.sites[i].name for i in mask.dropped],
         "blocks": [list(pair) for pair in plan.pairs],
+        "encoder_blocks": plan.encoder_blocks,
         "parameters": parameters[1],
         "dense_parameters": parameters[0],
         "budget": None if card.budget is None else card.budget.to_json(),

@@ -2,7 +2,7 @@
 
 The masked model's logits are computed here; a clean interpreter without depthsearch loads the
 export and compares its own with them, for prefill, for cached decoding in chunks and token by
-token, and for left-padded rows.
+token, and for left-padded rows (of an encoder-decoder: rows that it reads, padded at their end).
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ def verify_export(
     """Compare the export in `path` with the masked model, in a clean interpreter.
 
     `tokens` `[batch, seq]` are the ids to compare on, by default random ones; the last
-    `new_tokens` of them are decoded one by one. Raises ExportError where the export does not load,
-    StorageError where the temporary files can't be written.
+    `new_tokens` of them are decoded one by one. Rows of an encoder-decoder are what it reads and
+    then, equally long, what it writes, each padded at its end. Raises ExportError where the export
+    does not load, StorageError where the temporary files can't be written.
     """
     return verify_exports([Case(loaded, anatomy, mask, path)], tokens, new_tokens)[0]
 
@@ -162,14 +163,23 @@ def _compare_all(
 
 
 def random_ids(model: Any, new_tokens: int) -> Tensor:
-    """Seeded random ids `[2, seq]` that fit the model's context, fewer for a large vocabulary."""
+    """Seeded random ids `[2, seq]` that fit the model's context, fewer for a large vocabulary.
+
+    Those of an encoder-decoder, to be read and to be written, hold no padding.
+    """
     config = model.config
+    two = probe.reads_apart(model)
+    # Some have a smaller vocabulary to write with.
+    vocabulary = min(
+        config.vocab_size, getattr(config, "decoder_vocab_size", None) or config.vocab_size
+    )
     prompt = int(np.clip(2**24 // config.vocab_size, 48, 128))
     room = context_window(model) or prompt + new_tokens
     prompt = max(2, min(prompt, room - new_tokens))
-    ids = np.random.default_rng(0).integers(
-        0, config.vocab_size, size=(_ROWS, prompt + new_tokens), dtype=np.int64
-    )
+    length = (prompt + new_tokens) * (2 if two else 1)
+    ids = np.random.default_rng(0).integers(0, vocabulary, size=(_ROWS, length), dtype=np.int64)
+    if two:
+        ids[ids == config.pad_token_id] = 0 if config.pad_token_id else 1
     return torch.from_numpy(ids)
 
 
@@ -177,11 +187,7 @@ def _job(case: Case, file: Path, tokens: Tensor | None, new_tokens: int) -> dict
     """Compute what the masked model says, store it in `file`, and describe the comparison."""
     model, tokenizer = case.loaded.model, case.loaded.tokenizer
     ids = random_ids(model, new_tokens) if tokens is None else tokens
-    if ids.ndim != 2 or ids.shape[1] < new_tokens + 2:
-        raise ExportError(
-            f"the check needs ids [batch, seq] with more than {new_tokens + 1} tokens a row: "
-            f"got {tuple(ids.shape)}"
-        )
+    _require_length(model, ids, new_tokens)
     on_device = ids.to(case.loaded.device)
     expected = {"ids": ids.cpu()}
     with quiet(), masked(model, case.anatomy, case.mask):
@@ -206,6 +212,21 @@ def _job(case: Case, file: Path, tokens: Tensor | None, new_tokens: int) -> dict
         "text_ids": None if tokenizer is None else list(tokenizer(_TEXT)["input_ids"]),
         "chat_template": getattr(tokenizer, "chat_template", None),
     }
+
+
+def _require_length(model: Any, ids: Tensor, new_tokens: int) -> None:
+    two = probe.reads_apart(model)
+    least = (new_tokens + 2) * (2 if two else 1)
+    if ids.ndim != 2 or ids.shape[1] < least:
+        raise ExportError(
+            f"the check needs ids [batch, seq] with more than {least - 1} tokens a row: "
+            f"got {tuple(ids.shape)}"
+        )
+    if two and ids.shape[1] % 2:
+        raise ExportError(
+            "the check of an encoder-decoder needs ids [batch, seq] of which each row is as long "
+            f"to be read as to be written: got {tuple(ids.shape)}, an odd number"
+        )
 
 
 def _ask_clean_interpreter(jobs: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:

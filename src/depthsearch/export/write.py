@@ -14,7 +14,8 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from depthsearch.errors import ExportError
-from depthsearch.export.native import NativePlan, truncated_config, truncated_state
+from depthsearch.export.native import NativePlan, truncated_state
+from depthsearch.export.settings import truncated_config
 from depthsearch.model.anatomy import Anatomy
 from depthsearch.model.load import LoadedModel
 from depthsearch.sources import is_path, quiet
@@ -37,12 +38,17 @@ def small_model(loaded: LoadedModel, anatomy: Anatomy, plan: NativePlan) -> Any:
         )
     config = truncated_config(dense.config, plan)
     head = dense.get_output_embeddings()
-    if head is not None and head.weight is not dense.get_input_embeddings().weight:
+    own_head = head is not None and head.weight is not dense.get_input_embeddings().weight
+    if own_head and not anatomy.encoder_blocks:
         # A checkpoint may say that they are tied and hold a head of its own, which is then loaded.
         config.tie_word_embeddings = False
     state = truncated_state(dense, anatomy, plan)
     with torch.device("meta"):
         small: Any = family(config)
+    if anatomy.encoder_blocks:
+        # That setting ties the embeddings of both stacks too, and says how T5 scales its logits:
+        # it stays, and what the loaded model does not tie is not tied here.
+        small.all_tied_weights_keys = dict(dense.all_tied_weights_keys)
     names = set(small.state_dict()) - set(getattr(small, "all_tied_weights_keys", None) or {})
     if names != set(state):
         odd = sorted(names.symmetric_difference(state))
@@ -51,7 +57,7 @@ def small_model(loaded: LoadedModel, anatomy: Anatomy, plan: NativePlan) -> Any:
             f"(first: {odd[0]}); this model has no native export yet"
         )
     small.load_state_dict(state, strict=False, assign=True)
-    small.tie_weights()
+    small.tie_weights(recompute_mapping=False)
     return small.eval()
 
 
@@ -66,6 +72,8 @@ def write_model(
         # Settings that transformers reads without complaint it may refuse to save (a temperature
         # without sampling is common), so the dense model's own are written past that check.
         small.generation_config = GenerationConfig()
+        # Tables of positions that its class would compute anew are written as they are, too.
+        small._keys_to_ignore_on_save = None
         small.save_pretrained(directory, max_shard_size=max_shard_bytes)
         settings = getattr(loaded.model, "generation_config", None) or GenerationConfig()
         settings.to_json_file(directory / "generation_config.json")

@@ -10,6 +10,11 @@ from depthsearch.errors import ModelError
 from depthsearch.model.anatomy import Anatomy
 from depthsearch.space import CostTable, SiteCosts
 
+_SEPARATE = (("q_proj", "k_proj"), ("q", "k"))
+"""What encoder-decoders call the projections to queries and to keys."""
+
+_OF_STACK = "relative_attention_bias"
+
 
 def cost_table(model: nn.Module, anatomy: Anatomy, context_tokens: int = 2048) -> CostTable:
     """The costs of every site of `model`.
@@ -17,12 +22,12 @@ def cost_table(model: nn.Module, anatomy: Anatomy, context_tokens: int = 2048) -
     params and bytes count each tensor once, norms with the sublayer they belong to. flops are for
     one generated token at `context_tokens` of context: two per weight of every matrix product, and
     four per head dimension and attended position. kv_bytes are those of one sequence of
-    `context_tokens`, per token of it; a sliding window holds no more than its width.
+    `context_tokens`, per token of it; a sliding window holds no more than its width. With an
+    encoder-decoder it is one token read and one generated, each at that much context.
     Raises ModelError for a context of no tokens.
     """
     if context_tokens < 1:
         raise ModelError(f"context_tokens must be at least 1: got {context_tokens}")
-    row = anatomy.stack.row
     params: list[int] = []
     sizes: list[int] = []
     flops: list[int] = []
@@ -30,17 +35,21 @@ def cost_table(model: nn.Module, anatomy: Anatomy, context_tokens: int = 2048) -
     shared_params: list[tuple[tuple[int, ...], int]] = []
     shared_bytes: list[tuple[tuple[int, ...], int]] = []
     for index, block in enumerate(anatomy.block_list(model)):
-        attention = getattr(block, row.attention)
-        ffn = getattr(block, row.ffn)
-        for module, norms in ((attention, row.attention_norms), (ffn, row.ffn_norms)):
-            parts = [module, *(getattr(block, norm) for norm in norms)]
-            params.append(sum(_count(part) for part in parts))
-            sizes.append(sum(_size(part) for part in parts))
-        attended, width = _attention_shape(model, attention, index, context_tokens)
-        flops += [2 * _matrix_weights(attention) + 4 * attended * width[0]]
-        flops += [2 * _matrix_weights(ffn)]
-        kv += [2 * width[1] * _element_size(attention) * attended // context_tokens, 0]
-        both = (2 * index, 2 * index + 1)
+        row, sites = anatomy.rows[index], anatomy.sites_of(index)
+        for site in sites:
+            parts = [_own(block.get_submodule(path)) for path in row.parts(site.kind)]
+            params.append(sum(p.numel() for part in parts for p in part))
+            sizes.append(sum(p.numel() * p.element_size() for part in parts for p in part))
+            flops.append(2 * sum(p.numel() for part in parts for p in part if p.ndim >= 2))
+            kv.append(0)
+            if site.kind == "ffn":
+                continue
+            attention = block.get_submodule(row.sublayer(site.kind))
+            attended, width = _attention_shape(model, attention, context_tokens)
+            flops[-1] += 4 * attended * width[0]
+            if index >= anatomy.encoder_blocks:
+                kv[-1] = 2 * width[1] * _element_size(attention) * attended // context_tokens
+        both = tuple(site.index for site in sites)
         for norm in row.shared_norms:
             shared_params.append((both, _count(getattr(block, norm))))
             shared_bytes.append((both, _size(getattr(block, norm))))
@@ -66,9 +75,13 @@ def head_flops(model: nn.Module) -> int:
 
 
 def _attention_shape(
-    model: nn.Module, attention: nn.Module, index: int, context_tokens: int
+    model: nn.Module, attention: nn.Module, context_tokens: int
 ) -> tuple[int, tuple[int, int]]:
     """Attended positions, and the widths of all query heads and of all key heads together."""
+    for queries, keys in _SEPARATE if getattr(model, "config").is_encoder_decoder else ():
+        if hasattr(attention, queries):
+            found = (getattr(attention, name).weight.shape[0] for name in (queries, keys))
+            return context_tokens, tuple(found)
     config: Any = getattr(model, "config")
     heads = int(config.num_attention_heads)
     key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
@@ -81,8 +94,9 @@ def _attention_shape(
     return attended, (heads * dim, key_heads * dim)
 
 
-def _matrix_weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that go with a sublayer: a bias from positions is its whole stack's (T5)."""
+    return [p for name, p in module.named_parameters() if not name.startswith(_OF_STACK)]
 
 
 def _count(module: nn.Module) -> int:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from depthsearch.errors import ModelError, StorageError, UnsupportedModelError
 from depthsearch.model.conversion import converted_gguf, gguf_in
+from depthsearch.model.families import ENCODER_DECODERS
 from depthsearch.model.placement import place_on
 from depthsearch.sources import is_disk_full, is_path, one_line, quiet
 
@@ -249,11 +250,8 @@ def _model(
     location: str | Path, dtype: torch.dtype, trust_remote_code: bool, options: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """The model and the names of parameters that no file holds."""
-    from transformers import AutoModelForCausalLM
-
     config = supported_config(location, trust_remote_code, options)
-    loader: Any = AutoModelForCausalLM
-    model, info = loader.from_pretrained(
+    model, info = auto_class(config).from_pretrained(
         location,
         config=config,
         dtype=dtype,
@@ -265,6 +263,14 @@ def _model(
     return model, sorted(info["missing_keys"])
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a language model of `config`."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    two_stacks = getattr(config, "is_encoder_decoder", False)
+    return AutoModelForSeq2SeqLM if two_stacks else AutoModelForCausalLM
+
+
 def supported_config(
     location: str | Path, trust_remote_code: bool = False, options: dict[str, Any] | None = None
 ) -> Any:
@@ -274,10 +280,11 @@ def supported_config(
     options = options or {}
     config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **options)
     named = (getattr(config, "architectures", None) or [type(config).__name__])[0]
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and config.model_type not in ENCODER_DECODERS:
+        known = ", ".join(sorted(ENCODER_DECODERS))
         raise UnsupportedModelError(
-            f"{location}: {named} is an encoder-decoder; what is needed is a decoder-only language "
-            "model"
+            f"{location}: {named} is an encoder-decoder of the model type '{config.model_type}'; "
+            f"supported are decoder-only language models and the encoder-decoders {known}"
         )
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:

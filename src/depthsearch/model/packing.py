@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from depthsearch.model.load import auto_class
 from depthsearch.sources import quiet
 
 _BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -65,13 +66,12 @@ def pack(model: Any) -> PackedModel:
 def unpack(packed: PackedModel) -> Any:
     """The model around the arrays of `packed`, in evaluation mode, on the CPU, without a copy."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     entries = json.loads(packed.config)
     config = AutoConfig.for_model(entries.pop("model_type"), **entries)
-    loader: Any = AutoModelForCausalLM
     with quiet(), init_empty_weights(include_buffers=False):
-        model = loader.from_config(
+        model = auto_class(config).from_config(
             config,
             dtype=getattr(torch, packed.dtype),
             attn_implementation=packed.attention,

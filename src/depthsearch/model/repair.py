@@ -162,13 +162,16 @@ def projection_of(model: nn.Module, anatomy: Anatomy, site: Site) -> Projection:
 
     Raises UnsupportedModelError where the one is no matrix, or the other no vector.
     """
-    row = anatomy.stack.row
-    names, norms = (row.attention, row.attention_out), row.attention_norms
-    if site.kind == "ffn":
-        names, norms = (row.ffn, row.ffn_out), row.ffn_norms
-    block = anatomy.block_list(model)[site.block]
+    number = anatomy.block_of(site)
+    row, block = anatomy.rows[number], anatomy.block_list(model)[number]
+    norms = row.norms(site.kind)
+    if row.post_norm:
+        raise UnsupportedModelError(
+            f"{anatomy.model_class} normalizes the stream behind every sublayer, so no weight of "
+            "one makes good for another exactly: set search.repair and search.finish to none"
+        )
     found: list[nn.Module] = []
-    parts = [(".".join(names), "matrix", 2)]
+    parts = [(row.projection(site.kind), "matrix", 2)]
     if row.norm_after:
         parts.append((norms[-1], "vector", 1))
     for path, shape, dimensions in parts:

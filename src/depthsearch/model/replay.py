@@ -3,13 +3,20 @@
 One ordinary forward pass of a batch records the inputs that every block was called with (rotary
 embeddings, attention masks). Blocks, or single sublayers of sequential blocks, can then be run on
 any hidden state of that batch, bit for bit as the model itself would.
+
+An encoder-decoder has two streams, over the tokens that it reads and over those that it writes. A
+row of its ids is both, one after the other and equally long, and so is its hidden state `[batch,
+seq, hidden]`: the encoder's blocks change the first half of it, the decoder's the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from inspect import signature
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,6 +24,7 @@ from torch import Tensor, nn
 
 from depthsearch.errors import UnsupportedModelError
 from depthsearch.model.anatomy import Anatomy
+from depthsearch.model.families import ENCODER_DECODERS
 from depthsearch.model.placement import block_devices, to_device
 from depthsearch.model.switches import block_view, masked, replaced_blocks, through_view
 from depthsearch.space import Mask
@@ -54,35 +62,100 @@ class Replayer:
     def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
         self.model = model
         self.anatomy = anatomy
-        row = anatomy.stack.row
-        self._devices = block_devices(anatomy.block_list(model))
-        self._views: dict[tuple[int, bool, bool], nn.Module] = {
-            (index, attention, ffn): block_view(block, row, index, attention=attention, ffn=ffn)
-            for index, block in enumerate(anatomy.block_list(model))
-            for attention, ffn in ((True, True), (True, False), (False, True))
+        blocks = anatomy.block_list(model)
+        self._devices = block_devices(blocks)
+        self._views: dict[tuple[int, tuple[bool, bool, bool]], nn.Module] = {
+            (index, (attention, cross, ffn)): block_view(
+                block,
+                anatomy.rows[index],
+                anatomy.sites_of(index)[0].block,
+                attention=attention,
+                cross_attention=cross,
+                ffn=ffn,
+            )
+            for index, block in enumerate(blocks)
+            for attention, cross, ffn in product((True, False), repeat=3)
         }
+
+    @property
+    def pad(self) -> int | None:
+        """The token of an encoder-decoder that stands for nothing, None for other models."""
+        if not self.anatomy.encoder_blocks:
+            return None
+        pad = getattr(self.model, "config").pad_token_id
+        if pad is None:
+            raise UnsupportedModelError(
+                f"{self.anatomy.model_class}: its config names no pad_token_id, which texts of "
+                "unequal length need: add it to config.json"
+            )
+        return int(pad)
+
+    def seen(self, ids: Tensor) -> Tensor | None:
+        """Which of `ids` `[batch, seq]` are more than padding, None where all are.
+
+        The first token that a decoder is given counts, whatever it is.
+        """
+        if self.pad is None:
+            return None
+        half = ids.shape[1] // 2
+        found: Tensor = ids != self.pad
+        found[:, half] = True
+        return found
+
+    def seen_by_stack(self, ids: Tensor) -> tuple[Tensor | None, ...]:
+        """For each stack which of `ids` `[batch, seq]` it works on and are more than padding."""
+        seen = self.seen(ids)
+        if seen is None:
+            return (None,)
+        half = ids.shape[1] // 2
+        read, written = seen.clone(), seen.clone()
+        read[:, half:], written[:, :half] = False, False
+        return read, written
+
+    def half(self, joint: Tensor, block: int) -> Tensor:
+        """The part of `[batch, seq, ...]` that a block works on: all but for encoder-decoders."""
+        if not self.anatomy.encoder_blocks:
+            return joint
+        return _halves(joint)[block >= self.anatomy.encoder_blocks]
 
     @torch.no_grad()
     def record(self, ids: Tensor) -> Recording:
         """Run the dense model once on `ids` `[batch, seq]` and keep what its blocks were given."""
+        with self._lasts() as last:
+            first, calls = self._calls(ids)
+        return Recording(ids, first, torch.cat(last, dim=1) if len(last) > 1 else last[0], calls)
+
+    @contextmanager
+    def _lasts(self) -> Iterator[list[Tensor]]:
+        """What leaves the last block of each stack in forward passes while the context is open."""
+        lists = self.anatomy.module_lists(self.model)
+        found: dict[int, Tensor] = {}
         last: list[Tensor] = []
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            last[:] = [_tensor(output)]
+        def after(stack: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                found[stack] = _tensor(output)
+                last[:] = [found[place] for place in sorted(found)]
 
-        hook = self.anatomy.block_list(self.model)[-1].register_forward_hook(after)
+            return hook
+
+        hooks = [
+            blocks[-1].register_forward_hook(after(place)) for place, blocks in enumerate(lists)
+        ]
         try:
-            first, calls = self._calls(ids)
+            yield last
         finally:
-            hook.remove()
-        return Recording(ids, first, last[0], calls)
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def entry(self, ids: Tensor) -> tuple[Tensor, tuple[Call, ...]]:
         """What enters block 0 for `ids` `[batch, seq]`, and the further arguments of every block.
 
-        As in `record`, but no block is run, so none needs its weights.
+        As in `record`, but no block of a decoder-only model is run, so none needs its weights.
         """
+        if self.anatomy.encoder_blocks:
+            return self._calls(ids)
         views = [through_view(block) for block in self.anatomy.block_list(self.model)]
         with replaced_blocks(self.model, self.anatomy, views):
             return self._calls(ids)
@@ -95,11 +168,12 @@ class Replayer:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            if not states:
+            if len(calls) in starts:
                 states.append(hidden)
             calls.append((tuple(args[1:]), kwargs))
 
         blocks = list(self.anatomy.block_list(self.model))
+        starts = {0, self.anatomy.encoder_blocks}
         # Before what moves them to the block's device, so that what blocks share is seen as such.
         hooks = [
             b.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for b in blocks
@@ -114,7 +188,10 @@ class Replayer:
                 f"{self.anatomy.model_class} called {len(calls)} blocks of {len(blocks)} in one "
                 "forward pass: its blocks cannot be replayed"
             )
-        return states[0], self._at_blocks(calls)
+        if len(states) == 1:
+            return states[0], self._at_blocks(calls)
+        named = [_by_name(block, call) for block, call in zip(blocks, calls, strict=True)]
+        return torch.cat(states, dim=1), self._at_blocks(named)
 
     def _at_blocks(self, calls: Sequence[Call]) -> tuple[Call, ...]:
         """The arguments of each block on its device; one copy a device of what blocks share."""
@@ -130,40 +207,91 @@ class Replayer:
         """One ordinary forward pass with the head at the last position only."""
         # The head is not needed for what blocks are given.
         model: Any = self.model
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        if not self.anatomy.encoder_blocks:
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            return
+
+        def shorten(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0][:, -1:], *args[1:])
+
+        read, written = _halves(ids)
+        seen = self.seen(ids)
+        assert seen is not None
+        hook = model.get_output_embeddings().register_forward_pre_hook(shorten)
+        try:
+            model(
+                input_ids=read,
+                attention_mask=_halves(seen)[0].long(),
+                decoder_input_ids=written,
+                use_cache=False,
+            )
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def step(
-        self, recording: Recording, block: int, hidden: Tensor, *, attention: bool, ffn: bool
+        self,
+        recording: Recording,
+        block: int,
+        hidden: Tensor,
+        *,
+        attention: bool,
+        ffn: bool,
+        cross_attention: bool = False,
     ) -> Tensor:
         """The hidden states `[batch, seq, hidden]` after one block with the sublayers asked for."""
-        return self.apply(recording.calls[block], block, hidden, attention=attention, ffn=ffn)
+        kept = {"attention": attention, "cross_attention": cross_attention, "ffn": ffn}
+        return self.apply(recording.calls[block], block, hidden, **kept)
 
     @torch.no_grad()
     def apply(
-        self, call: Call, block: int, hidden: Tensor, *, attention: bool, ffn: bool
+        self,
+        call: Call,
+        block: int,
+        hidden: Tensor,
+        *,
+        attention: bool,
+        ffn: bool,
+        cross_attention: bool = False,
     ) -> Tensor:
         """As `step`, for a block whose further arguments are `call`."""
-        if not attention and not ffn:
+        if not attention and not ffn and not cross_attention:
             return hidden
         args, kwargs = call
-        return _tensor(self._views[block, attention, ffn](hidden, *args, **kwargs))
+        view = self._views[block, (attention, cross_attention, ffn)]
+        if not self.anatomy.encoder_blocks:
+            return _tensor(view(hidden, *args, **kwargs))
+        read, written = _halves(hidden)
+        if block < self.anatomy.encoder_blocks:
+            read = _tensor(view(read, **kwargs))
+        else:
+            # Nothing but cross-attention looks at what was read.
+            encoded = self._encoded(read) if cross_attention else kwargs["encoder_hidden_states"]
+            written = _tensor(view(written, **{**kwargs, "encoder_hidden_states": encoded}))
+        return torch.cat([read, written], dim=1)
+
+    def _encoded(self, read: Tensor) -> Tensor:
+        """What the decoder sees of the encoder's stream `[batch, seq, hidden]`."""
+        norm = ENCODER_DECODERS[self.anatomy.model_type].encoder_norm
+        return read if norm is None else _tensor(self.model.get_submodule(norm)(read))
+
+    @torch.no_grad()
+    def run(
+        self, calls: tuple[Call, ...], sites: Sequence[int], kept: Sequence[bool], hidden: Tensor
+    ) -> Tensor:
+        """The hidden states after `sites`, all of one block, with those that are `kept`."""
+        found = [self.anatomy.sites[site] for site in sites]
+        flags: dict[str, bool] = {"attention": False, "ffn": False}
+        flags |= {site.kind: flag for site, flag in zip(found, kept, strict=True)}
+        block = self.anatomy.block_of(found[0])
+        return self.apply(calls[block], block, hidden, **flags)
 
     @torch.no_grad()
     def whole(self, recording: Recording, mask: Mask) -> Tensor:
         """The hidden states after the last block of one ordinary masked forward pass."""
-        states: list[Tensor] = []
-
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            states[:] = [_tensor(output)]
-
-        with masked(self.model, self.anatomy, mask):
-            hook = self.anatomy.block_list(self.model)[-1].register_forward_hook(after)
-            try:
-                self.body(recording.ids)
-            finally:
-                hook.remove()
-        return states[0]
+        with masked(self.model, self.anatomy, mask), self._lasts() as last:
+            self.body(recording.ids)
+        return torch.cat(last, dim=1) if len(last) > 1 else last[0]
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -178,12 +306,32 @@ class Replayer:
         """
         model: Any = self.model
         blocks = self.anatomy.block_list(self.model)
+        if self.anatomy.encoder_blocks:
+            return self._decoder_head(hidden)
         inject = hidden.unsqueeze(0)
         views = [through_view(blocks[0], inject), *(through_view(b) for b in list(blocks)[1:])]
         dummy = torch.zeros((1, hidden.shape[0]), dtype=torch.long, device=hidden.device)
         with replaced_blocks(self.model, self.anatomy, views):
             logits: Tensor = model(input_ids=dummy, use_cache=False).logits
         return logits[0]
+
+    def _decoder_head(self, hidden: Tensor) -> Tensor:
+        model: Any = self.model
+        # A sequence of one token each, since decoders add a position to what they are given.
+        inject = hidden.unsqueeze(1)
+        ids = torch.zeros((len(hidden), 1), dtype=torch.long, device=hidden.device)
+        first = self.anatomy.encoder_blocks
+        views = [
+            through_view(block, inject if place == first else None, row)
+            for place, (block, row) in enumerate(
+                zip(self.anatomy.block_list(model), self.anatomy.rows, strict=True)
+            )
+        ]
+        with replaced_blocks(model, self.anatomy, views):
+            logits: Tensor = model(
+                encoder_outputs=(inject.detach(),), decoder_input_ids=ids, use_cache=False
+            ).logits
+        return logits[:, 0]
 
     def states(self, recording: Recording) -> Sequence[Tensor]:
         """The dense residual stream before every site and after the last, `[batch, seq, hidden]`.
@@ -192,11 +340,33 @@ class Replayer:
         attention added.
         """
         hidden, found = recording.first, [recording.first]
+        if self.anatomy.encoder_blocks:
+            for site in self.anatomy.sites:
+                hidden = self.run(recording.calls, (site.index,), (True,), hidden)
+                found.append(hidden)
+            return [state.to(recording.first.device) for state in found]
         for block in range(self.anatomy.stack.blocks):
             found.append(self.step(recording, block, hidden, attention=True, ffn=False))
             hidden = self.step(recording, block, hidden, attention=True, ffn=True)
             found.append(hidden)
         return [state.to(recording.first.device) for state in found]
+
+
+def _halves(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """What an encoder reads and what its decoder writes, of `[batch, seq, ...]`."""
+    half = joint.shape[1] // 2
+    # Copies lie in memory as the model's own do, so that products round alike.
+    return joint[:, :half].contiguous(), joint[:, half:].contiguous()
+
+
+def _by_name(block: nn.Module, call: Call) -> Call:
+    """The further arguments of a block by name."""
+    args, kwargs = call
+    bound = signature(block.forward).bind(None, *args, **kwargs).arguments
+    named = {
+        name: value for name, value in bound.items() if name not in ("hidden_states", "kwargs")
+    }
+    return (), named | bound.get("kwargs", {})
 
 
 def _tensor(output: Any) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from depthsearch.errors import UnsupportedModelError
 from depthsearch.model.anatomy import Anatomy
 from depthsearch.model.replay import Mode, Recording, Replayer
-from depthsearch.model.switches import replaced_blocks, through_view
+from depthsearch.model.switches import replaced_blocks, through_view, without_norms
 from depthsearch.space import Mask, Site
 
 
@@ -47,6 +47,7 @@ def self_check(model: nn.Module, anatomy: Anatomy, tokens: int = 24) -> SelfChec
     """
     replayer = Replayer(model, anatomy)
     rng = np.random.default_rng(0)
+    # Of an encoder-decoder this may well be one of its two stacks.
     vocab = int(getattr(model, "config").get_text_config().vocab_size)
     ids = torch.from_numpy(rng.integers(0, vocab, size=(2, tokens))).to(_device(model))
     recording = replayer.record(ids)
@@ -59,21 +60,28 @@ def self_check(model: nn.Module, anatomy: Anatomy, tokens: int = 24) -> SelfChec
 
 
 def _sample(anatomy: Anatomy) -> tuple[Site, ...]:
-    last = anatomy.stack.blocks - 1
-    blocks = dict.fromkeys((0, last // 2, last))
+    blocks: dict[int, None] = {}
+    start = 0
+    for stack in anatomy.stacks:
+        last = stack.blocks - 1
+        blocks |= dict.fromkeys((start, start + last // 2, start + last))
+        start += stack.blocks
     return tuple(site for block in blocks for site in anatomy.sites_of(block))
 
 
 def _check_masking(replayer: Replayer, recording: Recording, site: Site) -> None:
-    anatomy, row = replayer.anatomy, replayer.anatomy.stack.row
-    block = anatomy.block_list(replayer.model)[site.block]
-    path = (
-        f"{row.attention}.{row.attention_out}"
-        if site.kind == "attention"
-        else f"{row.ffn}.{row.ffn_out}"
-    )
+    anatomy, number = replayer.anatomy, replayer.anatomy.block_of(site)
+    block, row = anatomy.block_list(replayer.model)[number], anatomy.rows[number]
+    path = row.projection(site.kind)
     dropped = replayer.whole(recording, Mask.dropping(len(anatomy.sites), [site.index]))
-    with _zeroed(block.get_submodule(path)):
+    views = list(anatomy.block_list(replayer.model))
+    if row.post_norm:
+        # What stands behind the addition goes with the sublayer, and zeros would still pass it.
+        views[number] = without_norms(block, row, site.kind)
+    with (
+        _zeroed(block.get_submodule(path)),
+        replaced_blocks(replayer.model, anatomy, views),
+    ):
         zeroed = replayer.whole(recording, Mask.dense(len(anatomy.sites)))
     if not torch.equal(dropped, zeroed):
         raise UnsupportedModelError(
@@ -84,20 +92,23 @@ def _check_masking(replayer: Replayer, recording: Recording, site: Site) -> None
 
 
 def _check_removal(replayer: Replayer, recording: Recording) -> None:
-    anatomy = replayer.anatomy
-    middle = anatomy.stack.blocks // 2
-    mask = Mask.dropping(len(anatomy.sites), [s.index for s in anatomy.sites_of(middle)])
-    dropped = replayer.whole(recording, mask)
-    views = list(anatomy.block_list(replayer.model))
-    views[middle] = through_view(views[middle])
-    with replaced_blocks(replayer.model, anatomy, views):
-        passed = replayer.whole(recording, Mask.dense(len(anatomy.sites)))
-    if not torch.equal(dropped, passed):
-        raise UnsupportedModelError(
-            f"{anatomy.model_class}: dropping both sublayers of block {middle} differs by "
-            f"{_difference(dropped, passed):.2e} from removing the block: the block does more than "
-            "its attention and FFN"
-        )
+    anatomy, start = replayer.anatomy, 0
+    for stack in anatomy.stacks:
+        middle = start + stack.blocks // 2
+        start += stack.blocks
+        sites = anatomy.sites_of(middle)
+        mask = Mask.dropping(len(anatomy.sites), [site.index for site in sites])
+        dropped = replayer.whole(recording, mask)
+        views = list(anatomy.block_list(replayer.model))
+        views[middle] = through_view(views[middle], row=stack.row)
+        with replaced_blocks(replayer.model, anatomy, views):
+            passed = replayer.whole(recording, Mask.dense(len(anatomy.sites)))
+        if not torch.equal(dropped, passed):
+            raise UnsupportedModelError(
+                f"{anatomy.model_class}: dropping all sublayers of {stack.name} block "
+                f"{sites[0].block} differs by {_difference(dropped, passed):.2e} from removing the "
+                "block: the block does more than its attention and FFN"
+            )
 
 
 def _exact_mode(
@@ -110,7 +121,8 @@ def _exact_mode(
     expected = [replayer.whole(recording, mask) for mask in masks]
     difference = 0.0
     for mode in (Mode.SITE, Mode.BLOCK):
-        if mode is Mode.SITE and replayer.anatomy.stack.row.parallel:
+        parallel = any(row.parallel for row in replayer.anatomy.rows)
+        if parallel if mode is Mode.SITE else replayer.anatomy.encoder_blocks > 0:
             continue
         replayed = [replay(replayer, recording, mask, mode) for mask in masks]
         if all(torch.equal(a, b) for a, b in zip(expected, replayed, strict=True)):
@@ -124,13 +136,11 @@ def replay(replayer: Replayer, recording: Recording, mask: Mask, mode: Mode) -> 
     if mode is Mode.WHOLE:
         return replayer.whole(recording, mask)
     hidden = recording.first
-    for block in range(replayer.anatomy.stack.blocks):
-        attention, ffn = (mask.keep[s.index] for s in replayer.anatomy.sites_of(block))
-        if mode is Mode.SITE:
-            hidden = replayer.step(recording, block, hidden, attention=attention, ffn=False)
-            hidden = replayer.step(recording, block, hidden, attention=False, ffn=ffn)
-        else:
-            hidden = replayer.step(recording, block, hidden, attention=attention, ffn=ffn)
+    for block in range(len(replayer.anatomy.rows)):
+        sites = [site.index for site in replayer.anatomy.sites_of(block)]
+        for step in [(site,) for site in sites] if mode is Mode.SITE else [tuple(sites)]:
+            kept = [mask.keep[site] for site in step]
+            hidden = replayer.run(recording.calls, step, kept, hidden)
     return hidden.to(recording.last.device)
 
 

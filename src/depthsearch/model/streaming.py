@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from depthsearch.errors import ModelError, UnsupportedModelError
 from depthsearch.model.anatomy import Anatomy, describe
 from depthsearch.model.load import (
+    auto_class,
     loading_errors,
     resolve_device,
     resolve_dtype,
@@ -225,10 +226,13 @@ class AbsentEmbedding(nn.Module):
 
 def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
     """The model that config.json describes: parameters on the meta device, buffers for real."""
-    from transformers import AutoModelForCausalLM
-
     config = supported_config(folder)
-    factory: Any = AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{folder.name} is an encoder-decoder, whose blocks can't be streamed: set "
+            "model.streamed to false"
+        )
+    factory = auto_class(config)
     with init_empty_weights(include_buffers=False):
         model = factory.from_config(config, dtype=dtype)
     model.tie_weights()

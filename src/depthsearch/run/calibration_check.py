@@ -23,6 +23,7 @@ from depthsearch.config import RunConfig, load_config, resolved_yaml
 from depthsearch.errors import NothingFoundError, RunDirectoryError
 from depthsearch.evaluation import Backend
 from depthsearch.journal import Journal
+from depthsearch.model.anatomy import require_decoder_only
 from depthsearch.run.calibration_masks import mask_set, run_masks
 from depthsearch.run.calibration_texts import CheckOptions, Text, check_sizes, check_texts
 from depthsearch.run.directory import (
@@ -71,6 +72,7 @@ def check_calibration(
     documents = [load_documents(text, column) for text, column in others]
     stage = on_stage or (lambda *_: None)
     with opened(config, session) as session:
+        require_decoder_only(session.loaded.model, "depthsearch calibrate-check")
         return _Check(session, out, options or CheckOptions(), run, documents, stage).run()
 
 

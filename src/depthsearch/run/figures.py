@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from depthsearch import __version__
@@ -13,7 +14,7 @@ from depthsearch.calibration.text import load_documents
 from depthsearch.calibration.windows import text_windows
 from depthsearch.config import RunConfig, to_yaml
 from depthsearch.export import CardData, ExportResult, Figure, export
-from depthsearch.model.anatomy import context_window
+from depthsearch.model.anatomy import context_window, require_decoder_only
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.model.patches import load_patches
 from depthsearch.model.repair import Patch
@@ -193,6 +194,9 @@ def evaluate_checkpoint(
         name: load_model(path, dtype, device, revision if name == "model" else None)
         for name, path in names.items()
     }
+    for found in loaded.values():
+        # Before its text is looked at.
+        require_decoder_only(found.model, "depthsearch evaluate")
     windows = text_windows(documents, loaded["model"].tokenizer, window_tokens, tokens)
     return {
         "version": __version__,
@@ -210,7 +214,10 @@ def evaluate_checkpoint(
 def check_tokens(windows: Tensor, model: Any) -> Tensor:
     """Real text `[2, seq]` for the check of an export, short enough for its logits to be small."""
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    return windows[:2, : max(8, _CHECK_LOGITS // (2 * vocabulary))]
+    tokens = max(8, _CHECK_LOGITS // (2 * vocabulary))
+    if not model.config.is_encoder_decoder:
+        return windows[:2, :tokens]
+    return torch.cat([half[:, :tokens] for half in windows[:2].chunk(2, dim=1)], dim=1)
 
 
 def measure_beside(
@@ -222,6 +229,8 @@ def measure_beside(
 ) -> list[dict[str, Any]]:
     """One row a model: perplexity on `windows` `[n, window]`, size, speed in turns, peak memory."""
     stage = on_stage or (lambda *_: None)
+    for loaded in models.values():
+        require_decoder_only(loaded.model, "measuring perplexity and speed")
     texts: dict[str, Perplexity] = {}
     for name, loaded in models.items():
         texts[name] = perplexity(

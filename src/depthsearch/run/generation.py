@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from depthsearch import __version__
 from depthsearch.errors import DataError, InputError, RunDirectoryError
-from depthsearch.model.anatomy import context_window
+from depthsearch.model.anatomy import context_window, require_decoder_only
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.run.directory import occupied, write_file
 
@@ -114,6 +114,7 @@ def generate(
 def _texts(loaded: LoadedModel, options: GenerateOptions) -> Iterator[tuple[str, int]]:
     """Texts without end, each with its tokens; those that say nothing are left out."""
     model, tokenizer = loaded.model, loaded.tokenizer
+    require_decoder_only(model, "depthsearch generate")
     ids, _ = _start(loaded, options)
     context = context_window(model)
     if context is not None and len(ids) + options.window_tokens > context:

@@ -32,6 +32,7 @@ def inspect_model(
     anatomy = describe(loaded.model)
     check = self_check(loaded.model, anatomy)
     costs = cost_table(loaded.model, anatomy, context_tokens)
+    parallel = any(row.parallel for row in anatomy.rows)
     if table is not None:
         table.check(loaded)
         costs = table.added(costs, anatomy.sites, context_tokens)
@@ -43,9 +44,10 @@ def inspect_model(
         "model_class": anatomy.model_class,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
-        "blocks": anatomy.stack.blocks,
-        "parallel_blocks": anatomy.stack.row.parallel,
-        "packable": not anatomy.stack.row.parallel,
+        "blocks": len(anatomy.rows),
+        "stacks": {stack.name: stack.blocks for stack in anatomy.stacks},
+        "parallel_blocks": parallel,
+        "packable": not parallel and not anatomy.encoder_blocks,
         "self_check": check.to_json(),
         "context_tokens": context_tokens,
         "totals": {

@@ -14,7 +14,7 @@ import transformers
 from depthsearch import __version__
 from depthsearch.config.section import MOST_THREADS
 from depthsearch.errors import InputError, StorageError
-from depthsearch.model.anatomy import describe
+from depthsearch.model.anatomy import describe, require_decoder_only
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.quality import StepTimes, Times, measure_parts, measure_steps
 from depthsearch.run.directory import occupied, write_json
@@ -55,6 +55,7 @@ def write_latency(
         raise InputError(f"{out} exists already and is never overwritten: choose another --out")
     with torch_threads(threads):
         loaded = load_model(source, dtype, device, revision)
+        require_decoder_only(loaded.model, "depthsearch latency")
         anatomy = describe(loaded.model)
         times = measure_parts(
             loaded.model,

@@ -22,6 +22,7 @@ from depthsearch.errors import DataError, InputError, UnsupportedModelError
 from depthsearch.evaluation import InProcess, Refitted
 from depthsearch.evaluation.fitting import HELD_BACK
 from depthsearch.evaluation.turns import Repair
+from depthsearch.model.anatomy import require_decoder_only
 from depthsearch.model.repair import Patch, patched
 from depthsearch.run.directory import OVERFIT, write_json
 from depthsearch.run.figures import finished_run
@@ -95,6 +96,7 @@ def overfit(
     if kind not in _KINDS:
         raise InputError(f"--repair is '{kind}': give {' or '.join(_KINDS)}")
     session = Session.open(config)
+    require_decoder_only(session.loaded.model, "depthsearch overfit")
     session.check_model(best, run)
     mask = Mask.from_key(best["mask"])
     window = config.calibration.window_tokens

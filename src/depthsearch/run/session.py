@@ -15,6 +15,7 @@ import transformers
 
 from depthsearch import __version__
 from depthsearch.calibration.objectives import OBJECTIVES, KLDivergence, Objective
+from depthsearch.calibration.pair_rows import PairRows
 from depthsearch.calibration.parallel import Pair
 from depthsearch.calibration.tasks import Task
 from depthsearch.calibration.text import Documents
@@ -75,6 +76,7 @@ class Session:
     workers: Workers = field(default_factory=Workers, repr=False, compare=False)
     pairs: Mapping[str, Pair] = field(default_factory=dict, repr=False)
     fit_other: Other | None = field(default=None, repr=False)
+    rows: PairRows | None = field(default=None, repr=False)
 
     @classmethod
     def open(cls, config: RunConfig) -> Session:
@@ -98,6 +100,7 @@ class Session:
         documents, pairs = tasks.prompted(text, config.calibration, loaded.tokenizer)
         if latency is not None:
             latency.check(loaded)
+        rows = tasks.make_rows(config, loaded.model, loaded.tokenizer, pairs)
         anatomy = describe(loaded.model)
         space = with_front(make_space(config.space, loaded.model, anatomy, latency), config.front)
         check = self_check(loaded.model, anatomy) if streamed is None else streamed.check()
@@ -112,6 +115,7 @@ class Session:
             latency,
             pairs=pairs,
             fit_other=other,
+            rows=rows,
         )
 
     def splits(self, seed: int, fit_tokens: int | None = None) -> Splits:
@@ -132,6 +136,7 @@ class Session:
             seed,
             self._fit_tokens if fit_tokens is None else fit_tokens,
             self.fit_other,
+            self.rows,
         )
         self.check_text(splits.select, splits.finals, splits.heldout, splits.fit)
         return splits
@@ -141,7 +146,10 @@ class Session:
         model = self.loaded.model
         rows = model.get_input_embeddings().weight.shape[0]
         for windows in texts:
-            check_windows(windows, rows, context_window(model))
+            # An encoder-decoder reads the first half of a row and writes the second.
+            parts = windows.chunk(len(self.anatomy.stacks), dim=1)
+            for part in parts:
+                check_windows(part, rows, context_window(model))
 
     def check_model(self, best: Mapping[str, Any], run: Path) -> None:
         """Raise RunDirectoryError where the best.json of `run` is of another model."""
@@ -210,7 +218,7 @@ class Session:
         if tasks.scores_text(kind):
             # Hints are taken on the windows all the same.
             kind = "kl"
-            task = tasks.make_task(self.config, self.loaded, self.pairs, windows, texts)
+            task = tasks.make_task(self.config, self.loaded, self.pairs, windows, texts, self.rows)
         here = self._here(windows, OBJECTIVES[kind](), objective.positions, seed, repair, fit, task)
         if self.config.cluster.backend == "in-process":
             return here
@@ -288,6 +296,14 @@ class Session:
         return "".join(parts)
 
     @property
+    def _window_text(self) -> str:
+        """How long windows are."""
+        tokens = self.config.calibration.window_tokens
+        if self.rows is None:
+            return f"{tokens} tokens"
+        return f"{tokens} tokens read and {tokens} written at most"
+
+    @property
     def _one_loss(self) -> bool:
         return self.config.score == self.config.objective.kind
 
@@ -347,10 +363,10 @@ class Session:
             },
             "heldout_protocol": (
                 f"KL and cross-entropy on every position of {len(splits.heldout)} windows of "
-                f"{calibration.window_tokens} tokens"
+                f"{self._window_text}"
             ),
             "protocol": (
-                f"{searched}, windows of {calibration.window_tokens} tokens, "
+                f"{searched}, windows of {self._window_text}, "
                 f"{100 * objective.positions:g} % of positions, select {len(splits.select)} / "
                 f"finals {len(splits.finals)} / held-out {len(splits.heldout)} windows, "
                 f"batches of {calibration.batch_tokens} tokens, {self._repair_text}"

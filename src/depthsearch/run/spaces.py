@@ -17,7 +17,8 @@ def make_space(
     config: SpaceConfig, model: Any, anatomy: Anatomy, latency: Latency | None = None
 ) -> SearchSpace:
     """The search space of a loaded model; raises BudgetError or MaskError."""
-    if config.packable and anatomy.stack.row.parallel and config.granularity != "block":
+    parallel = any(row.parallel for row in anatomy.rows)
+    if config.packable and parallel and config.granularity != "block":
         raise MaskError(
             f"{anatomy.model_class} has parallel blocks, whose sublayers cannot be re-paired: set "
             "'granularity: block' to get masks that export natively"
@@ -37,16 +38,25 @@ def make_space(
 def protected_sites(entries: Sequence[str | int], sites: Sequence[Site]) -> frozenset[int]:
     """Site indices named by `first`, `last`, a block number, or a site or block name.
 
-    Raises MaskError for one that the model does not have.
+    The first, the last and the block of a number are those of every stack that has one. Raises
+    MaskError for one that the model does not have.
     """
     found: set[int] = set()
-    last = max(site.block for site in sites)
+    lasts = {stack: max(s.block for s in sites if s.stack == stack) for stack in _stacks(sites)}
+    last = max(lasts.values())
     for entry in entries:
         if isinstance(entry, str) and entry not in ("first", "last"):
             found.update(mask_from_names(sites, [entry]).dropped)
             continue
-        block = {"first": 0, "last": last}.get(str(entry), entry)
+        if entry == "last":
+            found.update(site.index for site in sites if site.block == lasts[site.stack])
+            continue
+        block = 0 if entry == "first" else entry
         if not isinstance(block, int) or not 0 <= block <= last:
             raise MaskError(f"the model has no block {entry} to protect: its last is {last}")
         found.update(site.index for site in sites if site.block == block)
     return frozenset(found)
+
+
+def _stacks(sites: Sequence[Site]) -> list[str]:
+    return list(dict.fromkeys(site.stack for site in sites))

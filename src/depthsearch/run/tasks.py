@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from depthsearch.calibration.chrf import CHRF_KIND, check_sacrebleu, chrf_signature
+from depthsearch.calibration.pair_rows import PairRows, pad_token, set_languages
 from depthsearch.calibration.parallel import Pair, ParallelText, load_parallel
-from depthsearch.calibration.tasks import Task, continuation_task, pair_task
+from depthsearch.calibration.tasks import Task, continuation_task, pair_task, translation_task
 from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.config import CalibrationConfig, RunConfig, SearchConfig
 from depthsearch.errors import ConfigError
 from depthsearch.model.load import LoadedModel
+from depthsearch.searchers import needs_sensitivity
 
 
 def scores_text(kind: str) -> bool:
@@ -54,6 +57,51 @@ def refuse_task(config: RunConfig, what: str) -> None:
         )
 
 
+def check_two_stacks(config: RunConfig) -> None:
+    """Refuse what can't be had with an encoder-decoder; raises ConfigError.
+
+    Also without it `calibration.source_language` and such would go unheard, see `make_rows`.
+    """
+    calibration, search = config.calibration, config.search
+    if calibration.target_column is None:
+        raise ConfigError(
+            "the model is an encoder-decoder, which is judged on what it should write for what it "
+            "reads: name the columns of both, calibration.column and calibration.target_column"
+        )
+    refused = (
+        (calibration.chat, "calibration.chat", "leave it out"),
+        (calibration.fit_text is not None, "calibration.fit_text", "leave it out"),
+        (needs_sensitivity(search.method), f"search.method {search.method}", "choose another"),
+    )
+    for asked, what, remedy in refused:
+        if asked:
+            raise ConfigError(f"{what} is there for decoder-only models alone: {remedy}")
+
+
+def make_rows(
+    config: RunConfig, model: Any, tokenizer: Any, pairs: Mapping[str, Pair]
+) -> PairRows | None:
+    """What makes rows of the sources and targets of an encoder-decoder, None for other models.
+
+    Raises ConfigError for languages that the tokenizer does not take, DataError for a model without
+    a padding token.
+    """
+    calibration = config.calibration
+    if not model.config.is_encoder_decoder:
+        if calibration.source_language is not None or calibration.target_language is not None:
+            raise ConfigError(
+                "calibration.source_language and target_language are for the tokenizers of "
+                "encoder-decoders: say in calibration.prompt what this model is to do"
+            )
+        return None
+    check_two_stacks(config)
+    # The model's own stays as it is: an export writes it.
+    tokenizer = copy.deepcopy(tokenizer)
+    set_languages(tokenizer, calibration.source_language, calibration.target_language)
+    pad_token(model, tokenizer)
+    return PairRows(pairs, model, tokenizer)
+
+
 def load_text(calibration: CalibrationConfig) -> Documents | ParallelText:
     """The configured text, or sources with their targets; raises DataError."""
     where = (calibration.split, calibration.subset)
@@ -77,12 +125,15 @@ def make_task(
     pairs: Mapping[str, Pair],
     windows: Tensor,
     texts: Sequence[str],
+    rows: PairRows | None = None,
 ) -> Task:
     """What masks write for one split: its `windows`, or its documents `texts` that hold `pairs`.
 
     Raises DataError where a prompt does not fit.
     """
     model, tokenizer, tokens = loaded.model, loaded.tokenizer, config.objective.max_new_tokens
+    if rows is not None:
+        return translation_task(rows, texts, config.calibration.window_tokens, tokens)
     if not pairs:
         return continuation_task(windows, model, tokenizer, tokens)
     return pair_task([pairs[text] for text in texts], model, tokenizer, tokens)

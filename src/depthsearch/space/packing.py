@@ -3,6 +3,8 @@
 A stock checkpoint is a list of blocks, each attention then FFN. What a mask keeps can be stored
 that way, without custom code, exactly when it still alternates attention, FFN, attention, FFN.
 Since the dense sequence alternates, that holds exactly when every run of dropped sites is even.
+The blocks of a decoder that reads an encoder's output have a cross-attention between the two, so
+what is kept of it has to go through the three kinds in turn.
 """
 
 from __future__ import annotations
@@ -11,29 +13,59 @@ from collections.abc import Sequence
 
 from depthsearch.errors import MaskError
 from depthsearch.space.mask import Mask
-from depthsearch.space.site import Site
+from depthsearch.space.site import KINDS, Kind, Site
+
+_TWO: tuple[Kind, ...] = ("attention", "ffn")
 
 
 def is_packable(mask: Mask, sites: Sequence[Site]) -> bool:
-    """Whether the kept sites of every stack alternate attention, FFN, attention, FFN."""
-    stacks = dict.fromkeys(site.stack for site in sites)
-    for stack in stacks:
-        kinds = [site.kind for site in sites if site.stack == stack and mask.keep[site.index]]
-        if len(kinds) % 2 or any(
-            kind != ("attention", "ffn")[place % 2] for place, kind in enumerate(kinds)
-        ):
-            return False
-    return True
+    """Whether the kept sites of every stack form blocks: attention, FFN, attention, FFN.
+
+    In a stack with cross-attention: attention, cross-attention, FFN, and again.
+    """
+    return interruption(mask, sites) is None
 
 
-def pairing(mask: Mask, sites: Sequence[Site]) -> tuple[tuple[int, int], ...]:
+def interruption(mask: Mask, sites: Sequence[Site]) -> tuple[Site | None, Site | None] | None:
+    """The first kept sites, neighbours in a stack, that ordinary blocks don't have so; or None.
+
+    The first of them is None where the stack can't start with the second, the second where it
+    can't end with the first.
+    """
+    for stack in stacks_of(sites):
+        kinds, last = block_kinds(stack), None
+        for place, site in enumerate(_kept(mask, stack)):
+            if site.kind != kinds[place % len(kinds)]:
+                return last, site
+            last = site
+        if last is not None and last.kind != kinds[-1]:
+            return last, None
+    return None
+
+
+def new_blocks(mask: Mask, sites: Sequence[Site]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """For each stack its new blocks: the dense block that each of their sublayers comes from.
+
+    Raises MaskError where the mask is not packable.
+    """
+    if not is_packable(mask, sites):
+        raise MaskError("the mask cannot be re-paired into ordinary blocks")
+    found = []
+    for stack in stacks_of(sites):
+        kept, count = _kept(mask, stack), len(block_kinds(stack))
+        starts = range(0, len(kept), count)
+        found.append(tuple(tuple(s.block for s in kept[i : i + count]) for i in starts))
+    return tuple(found)
+
+
+def pairing(mask: Mask, sites: Sequence[Site]) -> tuple[tuple[int, ...], ...]:
     """The new blocks as `(block of the attention, block of the FFN)`, in order.
 
     Raises MaskError where the mask is not packable or the model has several stacks.
     """
-    if len({site.stack for site in sites}) != 1:
+    if len(stacks_of(sites)) != 1:
         raise MaskError("only models with a single stack of blocks can be re-paired")
-    if not is_packable(mask, sites):
+    if block_kinds(sites) != _TWO or not is_packable(mask, sites):
         odd = [run for run in mask.runs if (run[1] - run[0]) % 2]
         if not odd:
             raise MaskError("the model does not alternate attention and FFN: it can't be re-paired")
@@ -43,5 +75,21 @@ def pairing(mask: Mask, sites: Sequence[Site]) -> tuple[tuple[int, int], ...]:
             f"neighbouring sublayers from {sites[start].name} to {sites[stop - 1].name}, "
             "an odd number; search with 'packable: true' to get masks that can"
         )
-    kept = [sites[i] for i in mask.kept]
-    return tuple((a.block, f.block) for a, f in zip(kept[::2], kept[1::2], strict=True))
+    return new_blocks(mask, sites)[0]
+
+
+def stacks_of(sites: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
+    """The sites of each stack."""
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        found.setdefault(site.stack, []).append(site)
+    return tuple(map(tuple, found.values()))
+
+
+def block_kinds(stack: Sequence[Site]) -> tuple[Kind, ...]:
+    """What an ordinary block of a stack consists of, in the order in which it runs."""
+    return KINDS if any(site.kind == "cross_attention" for site in stack) else _TWO
+
+
+def _kept(mask: Mask, stack: Sequence[Site]) -> list[Site]:
+    return [site for site in stack if mask.keep[site.index]]

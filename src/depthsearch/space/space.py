@@ -64,10 +64,14 @@ class SearchSpace:
                 f"a packable space cannot drop only {self.granularity} sublayers: what is kept "
                 "would not alternate; set 'granularity: sublayer' or 'block'"
             )
-        if self.packable and not is_packable(self.dense, self.sites):
+        crossed = any(site.kind == "cross_attention" for site in self.sites)
+        if self.packable and (
+            (crossed and self.granularity == "sublayer") or not is_packable(self.dense, self.sites)
+        ):
             raise MaskError(
-                "this model does not alternate attention and FFN sublayers, so what is kept can't "
-                "be re-paired into ordinary blocks: set 'packable: false'"
+                "this model does not alternate attention and FFN sublayers, so a search of them "
+                "can't keep to masks that form ordinary blocks: set 'granularity: block' or "
+                "'packable: false'"
             )
         for index in self.protected.difference(range(len(self.sites))):
             raise MaskError(
