@@ -160,7 +160,7 @@ def test_the_model_is_as_it_was() -> None:
 
 
 def test_gaps_that_end_elsewhere_share_one_gram_matrix_and_nothing_follows_the_last_gap() -> None:
-    steps = tuple((site,) for site in range(SITES))
+    steps = steps_of(SITES, 1)
     walk = RefitWalk(steps, "gap", None, None)
     walk.run([keeping("11 10 11 11"), keeping("11 10 01 11")], (), lambda *_: None)
     assert walk.tally.normals == [0, 0, 1, 0, 0, 0, 0, 0]
