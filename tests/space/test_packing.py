@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from depthsearch.errors import MaskError
@@ -16,7 +14,6 @@ from depthsearch.space import (
     Site,
     SiteCosts,
     is_packable,
-    pairing,
 )
 from depthsearch.space.packing import interruption, new_blocks
 
@@ -39,22 +36,21 @@ TWO = tuple(
 )
 def test_alternating_masks_re_pair(key: str, pairs: tuple[tuple[int, int], ...]) -> None:
     assert is_packable(Mask.from_key(key), SITES)
-    assert pairing(Mask.from_key(key), SITES) == pairs
+    assert new_blocks(Mask.from_key(key), SITES) == (pairs,)
 
 
 @pytest.mark.parametrize("key", ["01111111", "11111110", "10111101", "11000111"])
 def test_odd_runs_do_not_re_pair(key: str) -> None:
     mask = Mask.from_key(key)
     assert not is_packable(mask, SITES)
-    with pytest.raises(MaskError, match="an odd number; search with 'packable: true'"):
-        pairing(mask, SITES)
+    with pytest.raises(MaskError, match="cannot be re-paired"):
+        new_blocks(mask, SITES)
 
 
 def test_each_stack_alternates_on_its_own() -> None:
     assert is_packable(Mask.from_key("11000011"), TWO)
     assert not is_packable(Mask.from_key("11100111"), TWO)
-    with pytest.raises(MaskError, match="a single stack"):
-        pairing(Mask.dense(8), TWO)
+    assert new_blocks(Mask.from_key("11000011"), TWO) == (((0, 0),), ((1, 1),))
 
 
 READING = tuple(
@@ -84,8 +80,6 @@ def test_a_decoder_with_cross_attention_goes_through_three_kinds(
     assert is_packable(mask, READING)
     assert interruption(mask, READING) is None
     assert new_blocks(mask, READING) == (encoder, decoder)
-    with pytest.raises(MaskError, match="a single stack"):
-        pairing(mask, READING)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +102,6 @@ def test_what_breaks_the_order_is_named(key: str, last: str | None, following: s
     assert [site and site.name for site in found] == [last, following]
     with pytest.raises(MaskError, match="cannot be re-paired"):
         new_blocks(mask, READING)
-
-
-def test_pairs_are_for_stacks_without_cross_attention() -> None:
-    sites = tuple(replace(site, index=site.index - 6) for site in READING[6:])
-    assert is_packable(Mask.dense(9), sites)
-    with pytest.raises(MaskError, match="does not alternate attention and FFN"):
-        pairing(Mask.dense(9), sites)
 
 
 def test_a_packable_space_of_a_decoder_with_cross_attention_goes_by_blocks() -> None:

@@ -21,8 +21,8 @@ from depthsearch.space import (
     SiteCosts,
     cost_text,
     is_packable,
-    pairing,
 )
+from depthsearch.space.packing import new_blocks
 
 SLOW = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -191,9 +191,9 @@ def test_a_packable_mask_re_pairs_in_order(blocks: int, seed: int) -> None:
     mask = Mask(tuple((rng.random(2 * blocks) < 0.7).tolist()))
     assert is_packable(mask, sites) == all((b - a) % 2 == 0 for a, b in mask.runs)
     if is_packable(mask, sites):
-        pairs = pairing(mask, sites)
+        (pairs,) = new_blocks(mask, sites)
         assert [i for a, f in pairs for i in (2 * a, 2 * f + 1)] == list(mask.kept)
         assert all(a <= f for a, f in pairs)
     else:
-        with pytest.raises(MaskError, match="an odd number"):
-            pairing(mask, sites)
+        with pytest.raises(MaskError, match="cannot be re-paired"):
+            new_blocks(mask, sites)

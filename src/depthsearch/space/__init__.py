@@ -24,7 +24,7 @@ from depthsearch.space.front import (
 )
 from depthsearch.space.limit import Limit
 from depthsearch.space.mask import Mask, mask_from_names
-from depthsearch.space.packing import is_packable, pairing
+from depthsearch.space.packing import is_packable
 from depthsearch.space.site import KINDS, Kind, Site, parse_site_name
 from depthsearch.space.space import Granularity, SearchSpace
 
@@ -57,6 +57,5 @@ __all__ = [
     "is_packable",
     "mask_from_names",
     "nondominated",
-    "pairing",
     "parse_site_name",
 ]

@@ -58,26 +58,6 @@ def new_blocks(mask: Mask, sites: Sequence[Site]) -> tuple[tuple[tuple[int, ...]
     return tuple(found)
 
 
-def pairing(mask: Mask, sites: Sequence[Site]) -> tuple[tuple[int, ...], ...]:
-    """The new blocks as `(block of the attention, block of the FFN)`, in order.
-
-    Raises MaskError where the mask is not packable or the model has several stacks.
-    """
-    if len(stacks_of(sites)) != 1:
-        raise MaskError("only models with a single stack of blocks can be re-paired")
-    if block_kinds(sites) != _TWO or not is_packable(mask, sites):
-        odd = [run for run in mask.runs if (run[1] - run[0]) % 2]
-        if not odd:
-            raise MaskError("the model does not alternate attention and FFN: it can't be re-paired")
-        start, stop = odd[0]
-        raise MaskError(
-            f"the mask cannot be re-paired into ordinary blocks: it drops {stop - start} "
-            f"neighbouring sublayers from {sites[start].name} to {sites[stop - 1].name}, "
-            "an odd number; search with 'packable: true' to get masks that can"
-        )
-    return new_blocks(mask, sites)[0]
-
-
 def stacks_of(sites: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
     """The sites of each stack."""
     found: dict[str, list[Site]] = {}
