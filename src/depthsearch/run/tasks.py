@@ -58,10 +58,7 @@ def refuse_task(config: RunConfig, what: str) -> None:
 
 
 def check_two_stacks(config: RunConfig) -> None:
-    """Refuse what can't be had with an encoder-decoder; raises ConfigError.
-
-    Also without it `calibration.source_language` and such would go unheard, see `make_rows`.
-    """
+    """Refuse what can't be had with an encoder-decoder; raises ConfigError."""
     calibration, search = config.calibration, config.search
     if calibration.target_column is None:
         raise ConfigError(
