@@ -154,11 +154,11 @@ def test_runs_end_with_their_stack() -> None:
     )
 
 
-def two_stacks_text(tmp_path: Path, **settings: Any) -> str:
+def two_stacks_text(tmp_path: Path, about: dict[str, Any] | None = None, **settings: Any) -> str:
     loaded, anatomy = tiny_loaded("t5")
     repair = {"sites": {"decoder.0.ffn": {"left": 0.5, "ridge": 1e-3}}, "fit_tokens": 1000}
     loaded, mask = replace(loaded, **settings), keeping("11 10 01 11 110 001 111")
-    card = CardData(repair=repair)
+    card = CardData(repair=repair, **(about or {}))
     export(loaded, anatomy, mask, tmp_path / "small", card, check=False)
     return (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
 
@@ -188,17 +188,26 @@ def test_what_an_encoder_decoder_is_for_comes_from_the_base_model(tmp_path: Path
     )
 
 
+@pytest.mark.parametrize("languages", [None, ("eng_Latn", "deu_Latn")])
 def test_the_code_of_the_card_of_an_encoder_decoder_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    languages: tuple[str, str] | None,
 ) -> None:
-    code = re.findall(r"```python\n(.*?)```", two_stacks_text(tmp_path), re.DOTALL)
+    text = two_stacks_text(tmp_path, {"languages": languages, "starts": (0, 7)})
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
 
-    exec(code[0], {})
+    names: dict[str, Any] = {}
+    exec(code[0], names)
 
     assert len(code) == 1
     assert "AutoModelForSeq2SeqLM" in code[0]
     assert capsys.readouterr().out
+    if languages is not None:
+        assert names["tokenizer"].src_lang == "eng_Latn"
+        assert names["written"].tolist()[:2] == [0, 7]
 
 
 def test_a_local_base_is_named_without_its_path() -> None:

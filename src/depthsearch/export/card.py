@@ -39,7 +39,8 @@ class CardData:
 
     `origin` is how the mask was found, `calibration` the text its loss was measured on, `command`
     and `config` what to type to repeat the run, `repair` which weights were refitted, and
-    `fitted_on` the text that they were refitted on.
+    `fitted_on` the text that they were refitted on. `languages` are those that an encoder-decoder
+    was given to read and to write, and `starts` the tokens that what it writes begins with.
     """
 
     origin: str | None = None
@@ -51,6 +52,8 @@ class CardData:
     command: str | None = None
     config: str | None = None
     repair: Mapping[str, Any] | None = None
+    languages: tuple[str, str] | None = None
+    starts: tuple[int, ...] = ()
 
 
 def model_card(
@@ -78,8 +81,8 @@ def model_card(
         f"{dense:,} ({100 * small / dense:.1f} %). It is an ordinary checkpoint of its family and "
         "needs no code of its own."
     )
-    loading = _loading_two_stacks if len(plan.stacks) > 1 else _loading
-    parts += ["## Load it", loading(title)]
+    loading = _loading_two_stacks(title, card) if len(plan.stacks) > 1 else _loading(title)
+    parts += ["## Load it", loading]
     parts += ["## What was dropped", "\n".join(f"- {run}" for run in dropped) or "Nothing."]
     if repaired := _repaired(sites, plan):
         parts.append("What remains was paired anew, numbers of the base model:")
@@ -201,16 +204,26 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=40)[0]))
 ```"""
 
 
-def _loading_two_stacks(title: str) -> str:
-    return f"""```python
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{title}")
-model = AutoModelForSeq2SeqLM.from_pretrained("{title}")
-tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
-written = model.generate(**tokens, max_new_tokens=40)[0]
-print(tokenizer.decode(written, skip_special_tokens=True))
-```"""
+def _loading_two_stacks(title: str, card: CardData) -> str:
+    lines = [
+        "from transformers import AutoModelForSeq2SeqLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{title}")',
+        f'model = AutoModelForSeq2SeqLM.from_pretrained("{title}")',
+    ]
+    further = ""
+    if card.languages is not None:
+        read, written = card.languages
+        lines.insert(0, "import torch")
+        lines.append(f'tokenizer.src_lang = "{read}"')
+        lines.append(f"start = torch.tensor([{list(card.starts)}])  # {written}")
+        further = ", decoder_input_ids=start"
+    lines += [
+        'tokens = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)',
+        f"written = model.generate(**tokens{further}, max_new_tokens=40)[0]",
+        "print(tokenizer.decode(written, skip_special_tokens=True))",
+    ]
+    return "\n".join(["```python", *lines, "```"])
 
 
 def _table(figures: Sequence[Figure]) -> str:

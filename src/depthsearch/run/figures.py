@@ -125,6 +125,8 @@ def export_run(
         fitted_on=fit_name(session.documents, session.fit_other),
         command=f"depthsearch search config.yaml --out run && depthsearch export run model{option}",
         config=to_yaml(shareable_config(session)),
+        languages=_languages(config),
+        starts=() if session.rows is None else session.rows.starts,
     )
     result = export(
         session.loaded,
@@ -156,6 +158,12 @@ def export_run(
     }
     write_json(run / summary_name, summary)
     return result, summary
+
+
+def _languages(config: RunConfig) -> tuple[str, str] | None:
+    """What an encoder-decoder reads and what it writes, where its tokenizer knows languages."""
+    found = config.calibration.source_language, config.calibration.target_language
+    return None if found[0] is None or found[1] is None else (found[0], found[1])
 
 
 def finished_run(run: Path) -> tuple[RunConfig, dict[str, Any]]:
