@@ -1,4 +1,4 @@
-"""Load a causal language model from the hub, a local directory or a GGUF file."""
+"""Load a language model from the hub, a local directory or a GGUF file."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def load_model(
     are read from safetensors only, never from pickles.
 
     Raises ModelError (one line: what failed and what to do), UnsupportedModelError for an
-    architecture that can't be loaded as a causal language model, StorageError on a full disk.
+    architecture that can't be loaded as a language model, StorageError on a full disk.
     """
     targets = resolve_devices(device)
     kind = resolve_dtype(dtype, targets[0])
