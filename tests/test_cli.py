@@ -94,12 +94,33 @@ class TestHelp:
         assert (found.code, found.out, found.err) == (0, f"{__version__}\n", "")
 
     @pytest.mark.parametrize(
-        "arguments", [["serach"], ["search"], ["search", "x.yaml"], ["inspect", "x", "--nope"]]
+        ("arguments", "named"),
+        [
+            (["serach"], "serach"),
+            (["search"], "config"),
+            (["search", "x.yaml"], "--out"),
+            (["inspect", "x", "--nope"], "--nope"),
+            (["calibrate-check", "x.yaml", "--out", "x", "--masks", "y"], "--masks"),
+            (["export", "x", "y", "--point", "0"], "--point"),
+        ],
     )
-    def test_wrong_usage_ends_with_two(self, cli: Cli, arguments: list[str]) -> None:
+    def test_wrong_usage_ends_with_two_and_one_line(
+        self, cli: Cli, arguments: list[str], named: str
+    ) -> None:
         found = cli(*arguments)
-        assert (found.code, found.out) == (2, "")
-        assert "Traceback" not in found.err
+        assert found.code == 2
+        assert named in found.message
+
+    def test_ctrl_c_in_a_command_ends_with_130(
+        self, cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("depthsearch.run.front.read_front", interrupt)
+        found = cli("front", tmp_path)
+        assert found.code == 130
+        assert found.message.startswith("interrupted; ")
 
 
 def truncated(folder: Path) -> None:

@@ -17,7 +17,7 @@ from depthsearch.config import load_config, resolved_yaml
 from depthsearch.model.patches import load_patches
 from depthsearch.model.repair import patched
 from depthsearch.run.directory import BEST, CONFIG, REPAIR
-from depthsearch.run.overfit import verdict
+from depthsearch.run.overfit import SIZES, _checked, verdict
 from depthsearch.run.search import search
 from depthsearch.run.session import Session
 from depthsearch.space import Mask
@@ -90,7 +90,8 @@ def test_the_size_of_the_run_gives_the_weights_of_the_run(run: Path, cli: Cli) -
     best = json.loads((run / BEST).read_text())
     session = Session.open(load_config(run / "config.yaml"))
     mask = Mask.from_key(best["mask"])
-    patches = load_patches(run / REPAIR, session.anatomy, mask, best["repair"]["sha256"])
+    model = session.loaded.model
+    patches = load_patches(run / REPAIR, model, session.anatomy, mask, best["repair"]["sha256"])
     judge = session.judge(session.splits(0).heldout)
     dense = judge.figures([session.space.dense])[1]
     with patched(session.loaded.model, session.anatomy, patches):
@@ -101,6 +102,16 @@ def test_the_size_of_the_run_gives_the_weights_of_the_run(run: Path, cli: Cli) -
     cut = judge.figures([mask])[0]
     assert found["rows"][0]["heldout"]["kl"] == pytest.approx(float(cut.mean()), abs=1e-12)
     assert not torch.equal(cut, kl)
+
+
+def test_the_usual_sizes_end_where_the_text_does(run: Path, cli: Cli) -> None:
+    shown = cli("overfit", run, "--json")
+    assert shown.code == 0, shown.err
+    assert [row["fit_tokens"] for row in json.loads(shown.out)["rows"]] == [0, 1024, 4096]
+
+
+def test_the_usual_sizes_are_at_least_what_a_fit_takes() -> None:
+    assert _checked(SIZES, 1024, True) == [5120, 16384, 65536]
 
 
 def test_mistakes_end_with_one_line_and_two(run: Path, tmp_path: Path, cli: Cli) -> None:
@@ -122,8 +133,9 @@ def test_mistakes_end_with_one_line_and_two(run: Path, tmp_path: Path, cli: Cli)
         ((tmp_path / "missing",), "is not a run directory"),
         ((unfinished,), "it has not finished"),
         ((run, "--fit", "1k"), "--fit is '1k'"),
-        ((run, "--fit", "16"), "all below 80"),
-        ((run, "--fit", "10000000"), "the fit split needs"),
+        ((run, "--fit", "16,128"), "--fit holds 16: a fit takes 80 tokens or more"),
+        ((run, "--fit", "1024,65536"), "documents hold"),
+        ((run, "--fit", "10000000"), "lower --fit, "),
         ((run, "--repair", "table"), "--repair is 'table': give gap or sequential"),
         ((run, "--other", tmp_path / "none.txt"), "none.txt"),
         ((more_tokens, "--fit", "512", "--other", foreign), "token 301, but the model's vocab"),

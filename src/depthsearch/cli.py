@@ -29,6 +29,8 @@ from depthsearch.errors import DepthsearchError, InputError, StorageError
 from depthsearch.sources import is_disk_full, quiet
 
 _INTERRUPTED = 130
+# The usage error of the click that typer comes with or needs, whichever it is.
+_USAGE: Any = typer.BadParameter.__bases__[0]
 _OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
 # Read by OpenMP when torch is first imported. Threads that spin while they wait make a search
@@ -219,6 +221,26 @@ def evaluate(
     model: Model,
     text: Annotated[str, typer.Option(help="Held-out text: a file, a folder or a hub data set.")],
     column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
+    target_column: Annotated[
+        str | None,
+        typer.Option(help="Column of what should be written for it; encoder-decoders need one."),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option(help="What the model reads; {source} stands for the text in --column.")
+    ] = "{source}\n",
+    chat: Annotated[
+        bool, typer.Option(help="The prompt is a message in the chat template.")
+    ] = False,
+    source_language: Annotated[
+        str | None, typer.Option(help="Language of --column, as the tokenizer calls it.")
+    ] = None,
+    target_language: Annotated[
+        str | None, typer.Option(help="Language of --target-column, likewise.")
+    ] = None,
+    written: Annotated[
+        int, typer.Option(min=0, help="Texts that the model also writes itself, for chrF++.")
+    ] = 0,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of such a text at most.")] = 128,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
     subset: Annotated[str | None, typer.Option(help="Subset of a hub data set.")] = None,
     revision: Revision = None,
@@ -232,16 +254,30 @@ def evaluate(
     repeats: Repeats = 5,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity, size, speed and memory of a checkpoint."""
-    from depthsearch.run.figures import evaluate_checkpoint
+    """Measure perplexity, size, speed and memory of a checkpoint.
+
+    With --target-column it is the perplexity of targets behind their sources, and with --written
+    also chrF++ of what the model writes for them. The other options of both need --target-column.
+    """
+    from depthsearch.run.evaluating import Targets, evaluate_checkpoint
     from depthsearch.tables import figures_table
     from depthsearch.terminal import stage_bar
 
+    targets = None
+    if target_column is not None:
+        languages = (source_language, target_language)
+        targets = Targets(target_column, prompt, chat, languages, written, new_tokens)
+    elif prompt != "{source}\n" or chat or source_language or target_language or written:
+        raise InputError(
+            "--prompt, --chat, --written and the languages need --target-column: name the column "
+            "with what should be written"
+        )
     with stage_bar() as bar:
         found = evaluate_checkpoint(
             model,
             text,
             column=column,
+            targets=targets,
             split=split,
             subset=subset,
             revision=revision,
@@ -460,15 +496,22 @@ def main() -> None:
     """Run the command line; errors end it with one line and their exit code."""
     try:
         with quiet():
-            app(standalone_mode=True)
+            # Left alone typer would put wrong usage into a box of several lines.
+            code = app(standalone_mode=False)
+        # Inside a command typer turns Ctrl-C into an exit without a word.
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            raise Ended(code)
     except DepthsearchError as error:
         fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, SystemExit) as error:
-        # Inside a command typer turns Ctrl-C into an exit without a word.
-        if isinstance(error, Ended) or (
-            isinstance(error, SystemExit) and error.code != _INTERRUPTED
-        ):
-            raise
+    except _USAGE as error:
+        message = " ".join(error.format_message().split())
+        # Without arguments typer has shown the help already.
+        if not message:
+            raise Ended(error.exit_code) from error
+        fail(message, error.exit_code)
+    except KeyboardInterrupt:
         fail(
             "interrupted; a search continues with `depthsearch resume RUN`, a comparison or "
             "a calibration check with the same command",

@@ -10,7 +10,7 @@ from rich.table import Table
 from depthsearch.report.calibration import interval
 from depthsearch.report.wording import correlation_text, shorten, stretches
 from depthsearch.run.directory import sections
-from depthsearch.run.figures import MEASURES
+from depthsearch.run.figures import measures
 from depthsearch.space import Mask, Site, cost_text, parse_site_name
 
 
@@ -219,7 +219,7 @@ def figures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(str(row["name"]), justify="right")
     if len(rows) == 2:
         table.add_column("ratio", justify="right")
-    for phrase, key in MEASURES:
+    for phrase, key in measures(rows):
         values = [row[key] for row in rows]
         cells = [
             "not measured" if v is None else f"{v:,.4g}" if v < 1000 else f"{v:,.0f}"

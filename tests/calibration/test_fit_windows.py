@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from depthsearch.calibration import Documents, Splits, make_splits
+from depthsearch.calibration.parallel import ParallelText
 from depthsearch.calibration.windows import Other
 from depthsearch.errors import DataError
 from depthsearch.evaluation.fitting import HELD_BACK
@@ -69,6 +70,15 @@ def test_documents_that_are_judged_on_are_left_out(make_tokenizer: Any) -> None:
     tokenizer = make_tokenizer()
     found = split(tokenizer, 128, Other(both, 1.0)).fit
     assert min(numbers(tokenizer, found)) >= 60
+
+
+def test_sources_and_targets_that_are_judged_on_are_left_out(make_tokenizer: Any) -> None:
+    targets = {text: OTHER.texts[i % 20] for i, text in enumerate(OWN.texts)}
+    tokenizer = make_tokenizer()
+    pairs, _ = ParallelText(targets, "pairs").prompted("{source}\n", tokenizer, chat=False)
+    both = Other(Documents.of([*OWN.texts, *OTHER.texts], "both.txt"), 1.0)
+    fit = make_splits(pairs, tokenizer, 8, 64, 32, 32, 0.3, 0, 128, both).fit
+    assert min(numbers(tokenizer, fit)) >= 80
 
 
 def test_too_little_other_text_says_what_to_do(make_tokenizer: Any) -> None:

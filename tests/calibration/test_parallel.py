@@ -47,6 +47,9 @@ def test_a_template_makes_prompts_and_documents(tmp_path: Path) -> None:
         "{cs} {source} je {} = ist {source}": Pair("{cs} {source} je {} =", "ist {source}"),
     }
     assert documents == Documents.of(pairs, found.source)
+    other = Documents.of(["guten Tag", " dobrý den\n", "{cs} dobrý den =", "neu"], "other")
+    assert other.unlike(documents) == ["neu"]
+    assert other.without(documents).texts == ("neu",)
     _, lines = found.prompted("{source}\n", tiny_tokenizer(), chat=False)
     assert next(iter(lines)) == "dobrý den\nguten Tag"
 

@@ -173,6 +173,7 @@ def test_paths_are_looked_for_in_the_working_directory_too(
         ("compare.arms={}", ["compare.arms", "at least 1"]),
         ("compare.arms.a.method.x=1", ["compare.arms.a.method is {'x': 1}"]),
         ("compare={arms: {a: {metod: x}}}", ["compare.arms.a.metod", "did you mean 'method'?"]),
+        ("compare={arms: {dense model: {}}}", ["dense model", "tables call the model itself"]),
         ("compare={arms: {a: {}}, seeds: [1, 1]}", ["compare.seeds", "each seed may appear once"]),
         ("compare={arms: {a: {}}, cost_tokens: b}", ["compare.cost_tokens is 'b'", "arm: a"]),
         ("compare={arms: {w/o sweep: {}}}", ["a name in compare.arms is 'w/o sweep'", "_ . + -"]),
@@ -389,6 +390,10 @@ def test_a_second_cost_takes_over_what_ratios_refer_to_and_needs_no_first_ones()
         (
             {"front": {"second": [{"keep_kv_bytes": 0.5}, {"keep_bytes": 0.5}]}},
             "second takes budgets of one cost",
+        ),
+        (
+            {"front": {"second": [{"keep_kv_bytes": 0.5}, {"keep_kv_bytes": 0.50}]}},
+            "each budget of second may appear once",
         ),
         ({"front": {"second": [{"keep_kv_bytes": 0.5, "context_tokens": 9}]}}, "must be that of"),
         ({"compare": {"arms": {"a": {}}}}, "leave out front or compare"),

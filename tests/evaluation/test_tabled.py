@@ -26,7 +26,8 @@ class TestEveryFamily:
         model = tiny_model(family)
         tabled = tiny_backend(model=model, fit=FIT)
         refitted = Refitted(tiny_backend(model=model), FIT, "gap")
-        for mask in (keeping("11 11 00 11"), keeping("11 00 00 11"), keeping("11 11 11 10")):
+        patterns = ("11 11 00 11", "11 00 00 11", "11 11 11 10", "00 11 11 11", "00 00 11 11")
+        for mask in map(keeping, patterns):
             assert by_sequence(tabled, mask) == refitted.run(0, [mask]).losses[0]
 
     def test_several_gaps_are_each_mended_as_if_alone(self, family: str) -> None:

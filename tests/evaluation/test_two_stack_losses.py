@@ -167,6 +167,23 @@ class TestTurns:
         assert self.targets("1111111100", repair) == [None] * 7 + [10, None, None]
         assert self.targets("0000111111", repair) == [None] * 10
 
+    def test_what_is_looked_up_behind_a_gap_is_given_the_stream_before_it(self) -> None:
+        steps = steps_of(10, 1, (4, 10))
+        turns = turns_of(Mask.from_key("0011001001"), steps, "table")
+        assert [turn.given for turn in turns] == [None, None, 0] + [None] * 3 + [4] + [None] * 3
+        assert [turn.target for turn in turns] == [
+            None,
+            None,
+            3,
+            None,
+            None,
+            None,
+            9,
+            None,
+            None,
+            None,
+        ]
+
     def test_what_a_damaged_encoder_reaches_is_refitted_in_sequence(self) -> None:
         found = self.targets("1011111111", "sequential")
         assert found == [2, None, 3, 4, 5, 6, 7, 8, 9, 10]

@@ -154,6 +154,23 @@ def test_runs_end_with_their_stack() -> None:
     )
 
 
+def test_the_limits_name_the_text_that_was_fitted_on(tmp_path: Path) -> None:
+    sites = {"decoder.1.attention": {"left": 0.5, "ridge": 1e-3}}
+    repair = {"sites": sites, "fit_tokens": 1000}
+    card = CardData(calibration="text.txt", fitted_on="own.jsonl", repair=repair)
+    text = card_text(tmp_path, card)
+    assert "The output projection of 1 sublayer (number of the base model) was refitted" in text
+    assert "refitted, in closed form, on tokens of own.jsonl; the model was not" in text
+
+
+def test_a_card_does_not_claim_refits_that_there_were_none_of(tmp_path: Path) -> None:
+    repair: dict[str, Any] = {"sites": {}, "fit_tokens": 1000}
+    text = card_text(tmp_path, CardData(calibration="text.txt", repair=repair))
+    assert "## What was refitted\n\nNothing: " in text
+    assert "0 sublayers" not in text
+    assert "are the base model's own; the model was not" in text
+
+
 def two_stacks_text(tmp_path: Path, about: dict[str, Any] | None = None, **settings: Any) -> str:
     loaded, anatomy = tiny_loaded("t5")
     repair = {"sites": {"decoder.0.ffn": {"left": 0.5, "ridge": 1e-3}}, "fit_tokens": 1000}
@@ -173,7 +190,7 @@ def test_the_card_of_an_encoder_decoder_tells_its_stacks_apart(tmp_path: Path) -
         "- `decoder.0.ffn` to `decoder.1.cross_attention` (3 sublayers)",
         "- encoder block 1: attention of block 1, FFN of block 2",
         "- decoder block 0: attention of block 0, cross-attention of block 0, FFN of block 1",
-        "The output projections of",
+        "The output projection of 1 sublayer",
     ):
         assert piece in text, piece
     assert "pipeline_tag" not in front_matter(text)

@@ -25,7 +25,7 @@ def test_patches_come_back_as_they_were(family: str, tmp_path: Path) -> None:
     gram = torch.eye(projections[2].shape[0], dtype=torch.float64)
     patches.append(projections[2].patch(projections[2].stacked * 2, gram, 0.1, 0.5))
     digest = save_patches(tmp_path / "r.safetensors", patches, anatomy, MASK)
-    again = load_patches(tmp_path / "r.safetensors", anatomy, MASK, digest)
+    again = load_patches(tmp_path / "r.safetensors", model, anatomy, MASK, digest)
     for old, new in zip(patches, again, strict=True):
         assert (new.site, new.ridge, new.left) == (old.site, old.ridge, old.left)
         assert new.weight.dtype == torch.bfloat16
@@ -35,6 +35,8 @@ def test_patches_come_back_as_they_were(family: str, tmp_path: Path) -> None:
         assert old.norm is None or torch.equal(old.norm, new.norm)
         assert old.bias is None or torch.equal(old.bias, new.bias)
     with pytest.raises(RunDirectoryError, match="another mask"):
-        load_patches(tmp_path / "r.safetensors", anatomy, keeping("11 11 00 11"), digest)
+        load_patches(tmp_path / "r.safetensors", model, anatomy, keeping("11 11 00 11"), digest)
     with pytest.raises(RunDirectoryError, match="sha256"):
-        load_patches(tmp_path / "r.safetensors", anatomy, MASK, digest[::-1])
+        load_patches(tmp_path / "r.safetensors", model, anatomy, MASK, digest[::-1])
+    with pytest.raises(RunDirectoryError, match="in bfloat16, but the model is in float32"):
+        load_patches(tmp_path / "r.safetensors", tiny_model(family), anatomy, MASK, digest)

@@ -144,5 +144,6 @@ def test_what_holds_no_such_weight_is_refused(family: str, path: str, shape: str
     block = anatomy.block_list(model)[1]
     parent, _, name = path.rpartition(".")
     setattr(block.get_submodule(parent), name, torch.nn.Identity())
-    with pytest.raises(UnsupportedModelError, match=rf"'{path}' .* no {shape}.*repair to none"):
+    expected = rf"'{path}' .* no {shape}.*repair and search.finish to none"
+    with pytest.raises(UnsupportedModelError, match=expected):
         projection_of(model, anatomy, anatomy.sites[2])

@@ -84,3 +84,11 @@ def test_a_block_that_does_more_than_its_sublayers_is_refused() -> None:
 
     with pytest.raises(UnsupportedModelError, match="the block does more than"):
         self_check(model, describe(model))
+
+
+def test_float16_beside_float32_is_refused_with_the_formats_to_take() -> None:
+    model = tiny_model("t5", dtype=torch.float16)
+    for block in (*model.encoder.block, *model.decoder.block):
+        block.layer[-1].DenseReluDense.wo.float()
+    with pytest.raises(UnsupportedModelError, match=r"set model\.dtype to bfloat16 or float32"):
+        self_check(model, describe(model))

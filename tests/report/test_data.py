@@ -143,3 +143,17 @@ def test_origins_fall_into_families(origin: str, name: str) -> None:
 def test_nested_data_becomes_dotted_rows() -> None:
     data = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": "text", "f": None}
     assert flatten(data) == [("a.b", "1"), ("a.c.d", "[1, 2]"), ("e", "text"), ("f", "null")]
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [(["calibration.jsonl"], "a calibration check"), (["arms/a-seed0/x"], "a comparison")],
+)
+def test_what_is_unfinished_and_no_run_is_named(
+    tmp_path: Path, names: list[str], what: str
+) -> None:
+    for name in ["config.yaml", *names]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    with pytest.raises(RunDirectoryError, match=f"holds {what} that has not finished"):
+        read_run(tmp_path)

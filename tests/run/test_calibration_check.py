@@ -10,7 +10,7 @@ import pytest
 from tests.tiny_runs import workplace_config, write_text
 
 from depthsearch.calibration.windows import draw_windows
-from depthsearch.errors import JournalError, RunDirectoryError
+from depthsearch.errors import JournalError, NothingFoundError, RunDirectoryError
 from depthsearch.evaluation import InProcess, evaluate
 from depthsearch.journal import read_journal, without_times
 from depthsearch.run.calibration_check import check_calibration
@@ -173,6 +173,17 @@ def test_what_is_there_is_never_overwritten(
     assert sorted(path.name for path in finished[0].iterdir()) == [
         CALIBRATION, CALIBRATION_JOURNAL, CONFIG,
     ]  # fmt: skip
+
+
+def test_a_space_with_a_single_mask_leaves_nothing_behind(
+    session: Session, workplace: Path, tmp_path: Path
+) -> None:
+    protect = ["first", "last", 1, "decoder.2.attention"]
+    space = {"protect": protect, "budget": {"drop_sites": 1}}
+    config = workplace_config(workplace, space=space)
+    with pytest.raises(NothingFoundError, match="holds 1 mask on budget"):
+        check_calibration(config, tmp_path / "out", OPTIONS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mask_that_fails_is_left_out_and_named(

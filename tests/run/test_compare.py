@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def test_the_document_has_what_reports_and_people_read(
             "evaluations", "seconds", "select_loss", "finals_loss", "anytime", "heldout_kl",
             "heldout_kl_stderr", "heldout_ce", "heldout_ce_stderr", "heldout_losses",
             "cut_kl", "cut_ce", "repair", "gap", "anytime_heldout", "search_repair", "score",
+            "baseline",
         }  # fmt: skip
         assert arm["cost"] <= result["cap"] < result["dense_cost"]
     for row in result["summary"]:
@@ -116,7 +118,7 @@ def test_the_document_has_what_reports_and_people_read(
         assert row["heldout_kl_low"] <= row["heldout_kl_mean"] <= row["heldout_kl_high"]
     assert [row["arm"] for row in result["summary"]] == ["evo", "greedy"]
     (pair,) = result["pairs"]
-    assert set(pair) == {"a", "b", "difference", "low", "high", "verdict"}
+    assert set(pair) == {"a", "b", "difference", "low", "high", "verdict", "among"}
     means = {row["arm"]: row["heldout_kl_mean"] for row in result["summary"]}
     assert pair["difference"] == pytest.approx(means["evo"] - means["greedy"])
     said = {"evo is better": -1, "greedy is better": 1, "no difference shown": 0}
@@ -229,6 +231,29 @@ class TestRefusals:
         other = workplace_config(workplace, compare={**COMPARE, "seeds": [5]})
         self.untouched(out, other, "unfinished comparison with another configuration")
 
+    @pytest.mark.parametrize("ended", [True, False])
+    def test_arms_that_were_searched_on_another_text(
+        self,
+        finished: tuple[Path, dict[str, Any]],
+        session: Session,
+        config: RunConfig,
+        tmp_path: Path,
+        ended: bool,
+    ) -> None:
+        """The other arms are to come, and would see the text as it is now."""
+        out = tmp_path / "out"
+        shutil.copytree(finished[0], out)
+        (out / "compare.json").unlink()
+        shutil.rmtree(out / "arms/evo-seed1")
+        if not ended:
+            (out / "arms/greedy-seed0" / BEST).unlink()
+        texts = (*session.documents.texts[1:], "A text that was not there before.")
+        documents = replace(session.documents, texts=texts)
+        changed = replace(session, config=config, documents=documents)
+        self.untouched(
+            out, config, r"-seed0 was searched on .*signature\.data.* before and", session=changed
+        )
+
     @pytest.mark.parametrize(
         ("changes", "kind"),
         [
@@ -240,6 +265,28 @@ class TestRefusals:
             ({"compare": {**COMPARE, "arms": {"a": {"options": {"x": 1}}}, "cost_tokens": None}},
              ConfigError),
             ({"compare": None}, ConfigError),
+            ({"compare": {**COMPARE, "cost_tokens": 10}}, ConfigError),
+            (
+                {"compare": {"arms": {"w": {"method": "windows"}, "x": {
+                    "method": "exhaustive", "options": {"most": 2}}}}},
+                ConfigError,
+            ),
+            (
+                {"compare": {"arms": {"w": {"method": "windows"}, "o": {
+                    "method": "optuna", "options": {"storage": "sqlite:////nowhere/x.db"}}}}},
+                ConfigError,
+            ),
+            (
+                {"compare": {"arms": {"w": {"method": "windows"}, "r": {
+                    "method": "windows", "repair": "gap"}}}, "calibration": {"fit_tokens": 64}},
+                DataError,
+            ),
+            (
+                {"compare": {"arms": {"w": {"method": "windows"}, "r": {
+                    "method": "windows", "finish": "gap"}}},
+                 "calibration": {"finals_fit_tokens": 10**6}},
+                DataError,
+            ),
         ],
     )  # fmt: skip
     def test_bad_input_leaves_nothing_behind(
@@ -250,6 +297,17 @@ class TestRefusals:
             compare(config, tmp_path / "out")
         assert contents(tmp_path) == {}
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("cost", "name"), [(1000.0, r"compare\.cost_tokens"), (None, r"search\.cost_tokens")]
+    )
+    def test_a_limit_on_cost_is_named_as_it_is_set(
+        self, session: Session, workplace: Path, tmp_path: Path, cost: float | None, name: str
+    ) -> None:
+        settings = {"arms": {"w": {"method": "windows"}}, "cost_tokens": cost}
+        config = workplace_config(workplace, compare=settings, search={"cost_tokens": 1000.0})
+        with pytest.raises(ConfigError, match=f"^the arm 'w': {name} is 1,000, too little"):
+            compare(config, tmp_path / "out", session=replace(session, config=config))
 
     def test_reading_what_is_not_finished(self, tmp_path: Path) -> None:
         with pytest.raises(RunDirectoryError, match="no finished comparison"):
@@ -334,4 +392,6 @@ class TestArmsThatFail:
         arms = {"b": {"method": "block_influence"}, "w": {"method": "windows"}}
         result = self.compared(session, workplace, tmp_path / "out", arms=arms, cost_tokens="b")
         assert [row["arm"] for row in result["summary"]] == ["b"]
-        assert [entry["name"] for entry in result["failed"]] == ["w"]
+        (failed,) = result["failed"]
+        assert failed["name"] == "w"
+        assert failed["error"].startswith("the cost of the arm 'b' is ")

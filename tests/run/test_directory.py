@@ -49,6 +49,14 @@ def test_what_exists_is_never_overwritten(tmp_path: Path, kind: str) -> None:
     assert not (path / "config.yaml").exists()
 
 
+def test_a_link_to_what_is_gone_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.symlink_to(tmp_path / "gone")
+    with pytest.raises(RunDirectoryError, match="exists already"):
+        create_directory(path, {"config.yaml": ""})
+    assert path.is_symlink()
+
+
 def test_where_it_can_not_be_written_nothing_stays(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot create"):

@@ -23,8 +23,9 @@ from depthsearch.model.packing import pack, unpack
 from depthsearch.run.calibration_check import check_calibration
 from depthsearch.run.compare import compare
 from depthsearch.run.directory import BEST, JOURNAL
+from depthsearch.run.evaluating import Targets, evaluate_checkpoint
 from depthsearch.run.feeding import read_asked
-from depthsearch.run.figures import evaluate_checkpoint, export_run
+from depthsearch.run.figures import export_run
 from depthsearch.run.generation import GenerateOptions, generate
 from depthsearch.run.inspection import inspect_model
 from depthsearch.run.latency import write_latency
@@ -69,7 +70,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of masks that drop whole blocks, whose result is repaired."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    changes = {"space": {"granularity": "block"}, "search": {"finish": "sequential"}}
+    changes = {
+        "space": {"granularity": "block"},
+        "search": {"finish": "sequential"},
+        "objective": {"max_new_tokens": 8},
+    }
     search(config_of(folder, **changes), out)
     return out
 
@@ -154,11 +159,20 @@ def test_a_result_is_exported_and_loads_in_transformers(finished: Path, tmp_path
     assert best["repair"] is not None
     assert summary["verification"]["passed"]
     assert summary["verification"]["generation_equal"]
-    assert "encoder-decoder" in summary["unmeasured"]
+    assert summary["unmeasured"] is None
+    dense, pruned = summary["rows"]
+    assert pruned["perplexity"] > 1
+    assert pruned["parameters"] == best["cost"] < dense["parameters"]
+    assert pruned["kv_bytes_per_token"] <= dense["kv_bytes_per_token"] == 4 * 64 * 4 * 3
+    assert 0 <= pruned["chrf"] <= 100
+    assert (
+        "16 texts of at most 8 tokens, greedy, against their references" in dense["chrf_protocol"]
+    )
     small = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "small")
     assert small.num_parameters() == result.parameters == best["cost"]
     card = (tmp_path / "small" / "README.md").read_text()
     assert "AutoModelForSeq2SeqLM" in card
+    assert "chrF++ of texts written" in card
     described = inspect_model(str(tmp_path / "small"))
     assert described["totals"]["params"]["model"] == best["cost"]
 
@@ -229,16 +243,55 @@ def test_a_decoder_only_model_has_no_languages(workplace: Path, folder: Path) ->
 def test_commands_for_decoder_only_models_say_so(
     folder: Path, finished: Path, tmp_path: Path
 ) -> None:
-    model, text = str(folder / "model"), str(folder / "pairs.jsonl")
+    model = str(folder / "model")
     asked = {
         "overfit": lambda: overfit(finished, (128,)),
         "calibrate-check": lambda: check_calibration(config_of(folder), tmp_path / "check"),
         "latency": lambda: write_latency(model, tmp_path / "latency.json"),
         "generate": lambda: generate(model, tmp_path / "own.jsonl", GenerateOptions(tokens=64)),
-        "evaluate": lambda: evaluate_checkpoint(model, text, column="source"),
     }
     for name, ask in asked.items():
         with pytest.raises(UnsupportedModelError, match=f"encoder-decoder, and depthsearch {name}"):
             ask()
     assert list(tmp_path.iterdir()) == []
     assert load_model(model).model.config.is_encoder_decoder
+
+
+def test_checkpoints_are_evaluated_on_targets(folder: Path, finished: Path, tmp_path: Path) -> None:
+    export_run(finished, tmp_path / "small", measure=False)
+    targets = Targets("target", written=6, new_tokens=5)
+    found = evaluate_checkpoint(
+        str(tmp_path / "small"), str(folder / "pairs.jsonl"), column="source", targets=targets,
+        beside=str(folder / "model"), window_tokens=16, tokens=320, repeats=1,
+    )  # fmt: skip
+    dense, small = found["rows"]
+    assert (dense["name"], small["name"]) == ("dense", "model")
+    assert "n=20 windows" in small["perplexity_protocol"]
+    assert small["chrf_protocol"].startswith("6 texts of at most 5 tokens, greedy, against their")
+    assert small["parameters"] < dense["parameters"]
+    assert small["cross_entropy_nats"] != dense["cross_entropy_nats"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (None, r"name the columns of both, --column and --target-column"),
+        (Targets("target", languages=("de", None)), r"leave --source-language and --target-lang"),
+        (Targets("target", chat=True), "--chat is there for decoder-only models alone"),
+        (Targets("none"), "no column 'none'"),
+    ],
+)
+def test_targets_that_can_not_be_had_are_refused(
+    folder: Path, targets: Targets | None, message: str
+) -> None:
+    pairs = str(folder / "pairs.jsonl")
+    with pytest.raises(InputError, match=message):
+        evaluate_checkpoint(str(folder / "model"), pairs, column="source", targets=targets)
+
+
+def test_models_of_both_kinds_are_not_compared(folder: Path, workplace: Path) -> None:
+    pairs, other = str(folder / "pairs.jsonl"), str(workplace / "model")
+    with pytest.raises(InputError, match="one is an encoder-decoder and the other is not"):
+        evaluate_checkpoint(
+            other, pairs, column="source", targets=Targets("target"), beside=str(folder / "model")
+        )

@@ -12,7 +12,8 @@ from depthsearch.errors import DataError, ExportError, ModelError, RunDirectoryE
 from depthsearch.model.load import load_model
 from depthsearch.model.switches import masked
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL
-from depthsearch.run.figures import MEASURES, card_figures, evaluate_checkpoint, export_run
+from depthsearch.run.evaluating import evaluate_checkpoint
+from depthsearch.run.figures import card_figures, export_run, measures
 from depthsearch.run.search import search
 from depthsearch.run.session import Session
 from depthsearch.space import Mask
@@ -72,7 +73,7 @@ class TestExport:
         assert 0 < pruned["disk_bytes"] < dense["disk_bytes"]
         assert pruned["kv_bytes_per_token"] < dense["kv_bytes_per_token"]
         for row in (dense, pruned):
-            for _, key in MEASURES:
+            for _, key in measures(summary["rows"]):
                 assert row[key] > 0, key
         assert dense["perplexity_protocol"] == pruned["perplexity_protocol"]
 
@@ -80,7 +81,9 @@ class TestExport:
         out, _, summary, _ = exported
         card = (out / "README.md").read_text()
         *figures, protocol = card_figures(summary["rows"])
-        assert [figure.name for figure in figures] == [phrase for phrase, _ in MEASURES]
+        assert [figure.name for figure in figures] == [
+            phrase for phrase, _ in measures(summary["rows"])
+        ]
         for figure in (*figures, protocol):
             assert figure.name in card
 
@@ -144,7 +147,7 @@ class TestEvaluate:
         self, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """All of the text counts, and less of it than was asked for."""
-        monkeypatch.setattr("depthsearch.run.figures.measure_beside", counted_windows)
+        monkeypatch.setattr("depthsearch.run.evaluating.measure_beside", counted_windows)
         text = tmp_path / "one.txt"
         text.write_text("block drops search " * 40)
         settings: dict[str, Any] = {"window_tokens": 16, "dtype": "float32", "device": "cpu"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -16,15 +17,20 @@ from safetensors.torch import load_file
 from tests.tiny_models import save_tiny
 from tests.tiny_runs import workplace_config
 
+from depthsearch.calibration import Documents
+from depthsearch.calibration.windows import Other
 from depthsearch.config import RunConfig
-from depthsearch.errors import ConfigError, RunDirectoryError
+from depthsearch.errors import ConfigError, InputError, RunDirectoryError
 from depthsearch.journal import read_journal, without_times
+from depthsearch.model import load
 from depthsearch.model.patches import load_patches
 from depthsearch.model.repair import patched
 from depthsearch.report.comparison import summary_table
 from depthsearch.run.compare import compare
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL, REPAIR
 from depthsearch.run.figures import export_run
+from depthsearch.run.fits import load_fit
+from depthsearch.run.overfit import overfit
 from depthsearch.run.search import resume, search
 from depthsearch.run.session import Session
 from depthsearch.space import Mask
@@ -64,7 +70,10 @@ def test_the_loss_on_fresh_data_is_that_of_the_weights_on_disk(
 ) -> None:
     best = best_of(finished)
     mask = Mask.from_key(best["mask"])
-    patches = load_patches(finished / REPAIR, session.anatomy, mask, best["repair"]["sha256"])
+    model = session.loaded.model
+    patches = load_patches(
+        finished / REPAIR, model, session.anatomy, mask, best["repair"]["sha256"]
+    )
     assert list(best["repair"]["sites"]) == [session.anatomy.sites[p.site].name for p in patches]
     assert patches
     unrepaired = session.backend(session.splits(0).finals, 0)
@@ -94,6 +103,19 @@ def test_a_stopped_search_is_continued_to_the_same_weights(
     assert journals[0] == journals[1]
     for name in (BEST, REPAIR):
         assert (run / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_finished_search_is_left_as_it_is_unless_its_weights_are_damaged(
+    finished: Path, session: Session, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = {name: (run / name).stat().st_mtime_ns for name in (BEST, REPAIR)}
+    resume(run, session=session)
+    assert {name: (run / name).stat().st_mtime_ns for name in (BEST, REPAIR)} == before
+    (run / REPAIR).write_bytes(b"damaged")
+    resume(run, session=session)
+    assert (run / REPAIR).read_bytes() == (finished / REPAIR).read_bytes()
 
 
 def test_repairs_looked_up_cost_the_same_when_a_search_goes_on(
@@ -141,6 +163,18 @@ def test_the_signature_says_so(session: Session) -> None:
     assert "finalists repaired (sequential) on 32 fit windows" in protocol
 
 
+def test_text_that_nothing_is_fitted_on_is_no_part_of_the_signature(
+    workplace: Path, session: Session
+) -> None:
+    sizes = {"fit_tokens": 128, "finals_fit_tokens": 512}
+    config = configured(workplace, calibration={"fit_text": "text.txt"} | sizes)
+    other = Other(Documents.of(["mask " * 40] * 2 + ["keep " * 400], "own.txt"), 0.5)
+    repaired = replace(session, config=config, fit_other=other)
+    assert "fit" in repaired.signature(repaired.splits(0), 0)["data"]
+    plain = replace(repaired, config=configured_plain(config))
+    assert "fit" not in plain.signature(plain.splits(0), 0)["data"]
+
+
 def test_a_comparison_judges_each_arm_with_its_own_weights(
     workplace: Path, session: Session, tmp_path: Path
 ) -> None:
@@ -185,6 +219,21 @@ def test_the_export_carries_the_refitted_weights(finished: Path, tmp_path: Path)
     assert all(f"`{name}`" in card for name in best["repair"]["sites"])
 
 
+def test_another_machine_exports_in_the_number_format_of_the_search(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"path": "model", "dtype": "auto", "device": "cpu"}
+    monkeypatch.setattr(load, "_cpu_has_bfloat16", lambda: True)
+    run = tmp_path / "run"
+    search(configured(workplace, model=model), run)
+    assert best_of(run)["signature"]["dtype"] == "bfloat16"
+    monkeypatch.setattr(load, "_cpu_has_bfloat16", lambda: False)
+    result, _ = export_run(run, tmp_path / "model", measure=False)
+    written = load_file(result.path / "model.safetensors")
+    assert {weight.dtype for weight in written.values()} == {torch.bfloat16}
+    assert overfit(run, [256])["signature"]["dtype"] == "bfloat16"
+
+
 def test_norms_behind_the_sublayers_are_refitted_and_exported(
     workplace: Path, tmp_path: Path
 ) -> None:
@@ -203,7 +252,8 @@ def test_norms_behind_the_sublayers_are_refitted_and_exported(
     for new in refitted.values():
         assert any(torch.equal(weight, new) for weight in written.values())
     card = (result.path / "README.md").read_text()
-    assert f"the size of the norms behind them, of {len(sites)} sublayers" in card
+    assert "and the size of the norm" in card
+    assert f"of {len(sites)} sublayer" in card
 
 
 def test_damaged_weights_are_refused(finished: Path, tmp_path: Path) -> None:
@@ -229,6 +279,33 @@ def test_what_cannot_be_repaired_is_refused_before_anything_is_created(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (
+            {"fit_tokens": 512, "finals_fit_tokens": 64},
+            r"calibration\.finals_fit_tokens is 64, .* raise it to 80",
+        ),
+        ({"fit_tokens": 64}, r"calibration\.fit_tokens is 64, .* raise it to 80"),
+        ({"finals_fit_tokens": 320_000}, "lower finals_fit_tokens, "),
+        ({"fit_tokens": 320_000}, "lower fit_tokens, "),
+        (
+            {"fit_text": "text.txt", "fit_share": 0.01},
+            r"calibration\.fit_share is 0\.01, which of the 8 windows of fit_tokens is none",
+        ),
+    ],
+)
+def test_fit_text_of_a_wrong_size_is_called_by_its_own_name(
+    session: Session, workplace: Path, tmp_path: Path, calibration: dict[str, Any], message: str
+) -> None:
+    sizes = {"fit_tokens": 128, "finals_fit_tokens": 512} | calibration
+    config = configured(workplace, calibration=sizes)
+    changed = replace(session, config=config, fit_other=load_fit(config.calibration))
+    with pytest.raises(InputError, match=message):
+        search(config, tmp_path / "run", session=changed)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_limit_too_low_for_the_fits_of_the_finalists_is_refused_and_that_asked_for_is_kept(
     session: Session, workplace: Path, tmp_path: Path
 ) -> None:
@@ -242,7 +319,7 @@ def test_a_limit_too_low_for_the_fits_of_the_finalists_is_refused_and_that_asked
         found = search(config, tmp_path / name, session=replace(session, config=config))
         return found.cost_tokens
 
-    with pytest.raises(ConfigError, match="too little") as refused:
+    with pytest.raises(ConfigError, match=r"too little.*lower calibration\.finals_fit") as refused:
         run(100.0, "refused")
     asked = re.search(r"at least ([\d,]+)", str(refused.value))
     assert asked is not None

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from tests.run.synthetic import Search
 
+from depthsearch.config import SearchConfig
 from depthsearch.errors import InputError, JournalError
 from depthsearch.journal import read_journal
 from depthsearch.run import loop
 from depthsearch.run.loop import Plan
-from depthsearch.run.replaying import replayed
+from depthsearch.run.replaying import replayed, searcher_options
 from depthsearch.searchers.mcts import MctsSearcher
 
 
@@ -75,6 +76,25 @@ def test_any_method_can_be_repeated(
     again = replayed(records)
     assert again.name == own.name == method
     assert again.ask().proposals == replayed(records).ask().proposals
+
+
+@pytest.mark.parametrize(
+    ("search", "size"),
+    [({}, 4), ({"options": {"batch": 3}}, 3), ({"batch": 6}, 6)],
+)
+def test_optuna_learns_between_batches_up_to_a_limit_on_evaluations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: dict[str, Any], size: int
+) -> None:
+    config = SearchConfig.model_validate({"method": "optuna", "max_evaluations": 60} | search)
+    plan = {"ask": config.batch, "options": searcher_options(config)}
+    _, records = written(
+        tmp_path / "journal.jsonl", monkeypatch, method="optuna", max_evaluations=60, **plan
+    )
+    asks = [record["proposals"] for record in records if record["op"] == "ask"]
+    sampled = [ask for ask in asks if ask[-1]["origin"].startswith("optuna")]
+    assert len(sampled) > 2
+    assert {len(ask) for ask in sampled[:-1]} == {size}
+    assert replayed(records).name == "optuna"
 
 
 def test_what_cannot_be_repeated_is_refused(

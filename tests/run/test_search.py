@@ -209,6 +209,15 @@ class TestRefusals:
             search(config, tmp_path / "run", session=replace(session, config=config))
         assert listing(tmp_path) == []
 
+    def test_a_space_too_large_to_list_leaves_nothing_behind(
+        self, session: Session, workplace: Path, tmp_path: Path
+    ) -> None:
+        exhaustive = {"method": "exhaustive", "options": {"most": 2}}
+        config = workplace_config(workplace, search=exhaustive)
+        with pytest.raises(ConfigError, match="too large for the method 'exhaustive'"):
+            search(config, tmp_path / "run", session=replace(session, config=config))
+        assert listing(tmp_path) == []
+
     @pytest.mark.parametrize("missing", [CONFIG, JOURNAL])
     def test_what_is_no_run_directory_can_not_be_resumed(
         self, finished: Path, tmp_path: Path, missing: str

@@ -112,7 +112,8 @@ class TestSplits:
         plan = vars(changed.plan())
         names = {"batch": "ask"}
         expected = {names.get(key, key): value for key, value in search.items()}
-        assert plan == expected | {"baselines": 1}
+        texts = ("calibration.select_tokens", "calibration.finals_tokens")
+        assert plan == expected | {"baselines": 1, "texts": texts}
 
     @pytest.mark.parametrize(
         ("racing", "expected"),

@@ -316,13 +316,13 @@ def test_prompts_that_do_not_fit_leave_no_directory(
     [
         ({"prompt": "{source} in German:"}, "prompt needs target_column"),
         ({"chat": True}, "chat needs target_column"),
+        ({"fit_column": "a"}, "fit_column needs fit_text"),
+        ({"fit_share": 0.9}, "fit_share needs fit_text"),
         ({"column": "a", "target_column": "a"}, "both 'a'"),
         ({"column": "a", "target_column": "b", "prompt": "translate"}, r"must hold \{source\}"),
     ],
 )
-def test_settings_of_pairs_that_mean_nothing_are_refused(
-    calibration: dict[str, Any], message: str
-) -> None:
+def test_settings_that_mean_nothing_are_refused(calibration: dict[str, Any], message: str) -> None:
     data = {
         "model": {"path": "m"},
         "space": {"budget": {"drop_blocks": 1}},

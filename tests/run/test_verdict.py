@@ -17,8 +17,9 @@ def row(arm: str, mean: float, method: str = "evolution") -> dict[str, Any]:
     }
 
 
-def pair(a: str, b: str, better: str | None) -> dict[str, Any]:
-    return {"a": a, "b": b, "verdict": f"{better} is better" if better else "no difference shown"}
+def pair(a: str, b: str, better: str | None, among: int = 9) -> dict[str, Any]:
+    said = f"{better} is better" if better else "no difference shown"
+    return {"a": a, "b": b, "verdict": said, "among": among if better else 0}
 
 
 def test_one_arm_alone_is_compared_with_nothing() -> None:
@@ -31,7 +32,7 @@ def test_a_search_that_beats_everything() -> None:
     pairs = [pair("greedy", "evo", "evo"), pair("greedy", "win", "win"), pair("evo", "win", "evo")]
     text = verdict(rows, pairs)
     assert text.startswith("evo has the lowest held-out KL, 0.5000")
-    assert "better than win and greedy (95 % interval excludes zero)" in text
+    assert "better than win and greedy (at 95 % for all 3 pairs of arms together)" in text
     assert "No difference" not in text
     assert "did not help" not in text
 
@@ -71,6 +72,46 @@ def test_a_one_pass_method_that_wins_says_so_even_where_it_beats_the_search() ->
         assert text.startswith("simple has the lowest")
         assert "better than evo (" in text
         assert text.endswith("Search did not help over one-pass methods here.")
+
+
+def test_a_lead_that_is_shown_alone_only_is_not_called_better() -> None:
+    """There are three pairs to pick a leader from, and two of a search and a one-pass method."""
+    rows = [row("evo", 0.5), row("greedy", 0.55, "greedy"), row("win", 0.6, "windows")]
+    figures = {"difference": -0.1, "low": -0.12, "high": -0.01}
+    for among, better, helped in ((3, True, True), (2, False, True), (1, False, False)):
+        clear = pair("evo", "win", "evo", among) | figures
+        text = verdict(rows, [clear, pair("evo", "greedy", None), pair("greedy", "win", None)])
+        assert ("better than win (" in text) == better
+        assert ("The lead on win is shown at 95 % only where that pair" in text) != better
+        assert ("Search helped" in text) == helped
+        assert "No difference to greedy is shown." in text
+
+
+def test_arms_that_came_to_the_same_share_the_lead() -> None:
+    rows = [row("evo", 0.5), row("greedy", 0.5, "greedy"), row("win", 0.6, "windows")]
+    pairs = [
+        pair("evo", "greedy", None),
+        pair("evo", "win", "evo"),
+        pair("greedy", "win", "greedy"),
+    ]
+    text = verdict(rows, pairs)
+    assert text.startswith(
+        "evo and greedy share the lowest held-out KL, 0.5000 [0.4900, 0.5100]. They are better "
+        "than win ("
+    )
+    assert "No difference" not in text
+    pairs = [pair("evo", "greedy", None), pair("evo", "win", "evo"), pair("greedy", "win", None)]
+    assert "No difference to win is shown." in verdict(rows, pairs)
+
+
+def test_arms_that_share_the_best_rank_are_all_named() -> None:
+    ranks = [
+        {"arm": arm, "rank_mean": mean, "rank_low": 1.0, "rank_high": 3.0, "first_share": 1 / 3}
+        for arm, mean in (("evo", (4 / 3 + 5 / 3) / 2), ("greedy", 1.5), ("win", 3.0))
+    ]
+    assert overall([], ranks) == (
+        "evo and greedy share the best mean rank over budgets and seeds, 1.50 of 3."
+    )
 
 
 def test_three_names_are_listed_with_commas() -> None:

@@ -404,6 +404,8 @@ def test_unknown_options_are_refused_with_the_method(method: str) -> None:
         ("evolution", {"ofspring": 3}, "did you mean 'offspring'"),
         ("evolution", {"offspring": "many"}, "takes a whole number: got 'many'"),
         ("evolution", {"offspring": True}, "takes a whole number: got True"),
+        ("evolution", {"offspring": 1.5}, r"takes a whole number: got 1\.5"),
+        ("evolution", {"parents": 0.0}, "'parents' is at least 1: got 0"),
         ("evolution", {"parents": 0}, "'parents' is at least 1: got 0"),
         ("evolution", {"sweep": 1}, "takes true or false: got 1"),
         ("greedy", {"rule": "cheap"}, "one of cost_aware, plain: got 'cheap'"),

@@ -81,9 +81,8 @@ def shown(dashboard: str) -> list[dict[str, Any]]:
 
 def test_it_shows_a_search_while_it_runs(url: str, request: pytest.FixtureRequest) -> None:
     space, landscape = toy(8), Landscape(16)
-    searcher = build_searcher(
-        "optuna", space, landscape.hints(), np.random.default_rng(0), {"storage": url}
-    )
+    options = {"storage": url, "batch": 5}
+    searcher = build_searcher("optuna", space, landscape.hints(), np.random.default_rng(0), options)
     assert isinstance(searcher, OptunaSearcher)
     record = drive(searcher, lambda p: landscape.evaluate(p.mask), limit=1)
     told = {e.mask.key: e.loss for _, found in record for e in found}

@@ -126,15 +126,27 @@ def test_the_best_baseline_of_others_is_asked_for_whatever_was_lost_on_easy_text
 
 
 def test_several_masks_are_asked_in_parallel() -> None:
-    searcher = searcher_of(SPACES["sublayer"])
+    searcher = searcher_of(SPACES["sublayer"], batch=6)
     landscape = Landscape(12)
     drive(searcher, lambda p: landscape.evaluate(p.mask), limit=1)
-    batch = searcher.ask(6)
+    batch = searcher.ask()
     assert len({proposal.mask for proposal in batch.proposals}) == 6
     running = [t for t in searcher.study.trials if t.state is TrialState.RUNNING]
     assert len(running) >= 6
     searcher.tell([landscape.evaluate(p.mask) for p in batch.proposals[:2]])
     assert all(t.state is not TrialState.RUNNING for t in searcher.study.trials)
+
+
+@pytest.mark.parametrize(("n", "size"), [(None, 3), (100, 3), (2, 2)])
+def test_an_ask_for_more_is_no_larger_than_a_batch(n: int | None, size: int) -> None:
+    """A sampler learns from each batch, so a limit far away must not make one of them all."""
+    searcher = searcher_of(toy(12), batch=3)
+    landscape = Landscape(24)
+    drive(searcher, lambda p: landscape.evaluate(p.mask), limit=1)
+    for _ in range(3):
+        batch = searcher.ask(n)
+        assert len(batch.proposals) == size
+        searcher.tell([landscape.evaluate(p.mask) for p in batch.proposals])
 
 
 def test_a_stored_study_holds_the_search_and_is_not_overwritten(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_a_space_with_a_front_survives_json_and_one_without_stays_as_it_was() ->
         (Budget("params", cap=toy(4, OWN).cap), "allow the same cost"),
         (OWN, "allow the same cost"),
         (Budget("params", cap=3), "cannot be met"),
+        (Budget("sites", drop=100), "100 sites dropped, but of the model's 8 at most 8 may be"),
         (Budget("blocks", drop=1), "granularity: block"),
     ],
 )

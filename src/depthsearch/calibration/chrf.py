@@ -34,6 +34,11 @@ def chrf_losses(texts: Sequence[str], references: Sequence[str]) -> tuple[float,
     )
 
 
+def chrf_score(texts: Sequence[str], references: Sequence[str]) -> float:
+    """chrF++ of all texts together against one reference each, 0 to 100, as corpora are scored."""
+    return float(_metric().corpus_score(list(texts), [list(references)]).score)
+
+
 def chrf_signature() -> str:
     """The signature of sacrebleu, which says what exactly was scored and by which version."""
     metric = _metric()
@@ -42,9 +47,14 @@ def chrf_signature() -> str:
     return f"chrF2++|{metric.get_signature()}"
 
 
+def has_sacrebleu() -> bool:
+    """Whether texts can be scored here."""
+    return find_spec("sacrebleu") is not None
+
+
 def check_sacrebleu() -> None:
     """Raise ConfigError where sacrebleu is missing."""
-    if find_spec("sacrebleu") is None:
+    if not has_sacrebleu():
         raise ConfigError(
             "the loss chrf needs sacrebleu, which is not installed: "
             "pip install 'depthsearch[translation]', or take another loss"

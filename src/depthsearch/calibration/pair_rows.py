@@ -114,7 +114,7 @@ def set_languages(tokenizer: Any, source: str | None, target: str | None) -> Non
         if source is not None or target is not None:
             raise ConfigError(
                 "the model's tokenizer knows no languages: leave calibration.source_language and "
-                "target_language out"
+                "calibration.target_language out"
             )
         return
     for key, attribute, language in (

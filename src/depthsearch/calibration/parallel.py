@@ -33,6 +33,7 @@ class ParallelText:
     ) -> tuple[Documents, dict[str, Pair]]:
         """Documents of a prompt and its target each, and the pair that each of them holds.
 
+        Source, prompt and target are the parts of a document.
         `template` holds `{source}`; with `chat` the prompt is a user's message in the tokenizer's
         chat template. Raises DataError where the tokenizer has none.
         """
@@ -53,7 +54,8 @@ class ParallelText:
                 )
             glue = "" if chat or prompt[-1:].isspace() else " "
             pairs[f"{prompt}{glue}{target}"] = Pair(prompt, target)
-        return Documents.of(pairs, self.source), pairs
+        sides = (side for pair in pairs.values() for side in (pair.prompt, pair.reference))
+        return Documents.of(pairs, self.source, (*self.targets, *sides)), pairs
 
 
 def load_parallel(

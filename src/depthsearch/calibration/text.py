@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,19 @@ _READ_ERRORS = (
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts in the order read, and the sha256 that names them in a signature."""
+    """Texts in the order read, and the sha256 that names them in a signature.
+
+    `parts` is what they were made of, such as sources and targets: a text that shares no document
+    with these holds none of it either.
+    """
 
     texts: tuple[str, ...]
     source: str
     fingerprint: str
+    parts: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     @classmethod
-    def of(cls, texts: Iterable[str], source: str) -> Documents:
+    def of(cls, texts: Iterable[str], source: str, parts: Iterable[str] = ()) -> Documents:
         """Bundle `texts`; the fingerprint covers each text and its length, not `source`."""
         texts = tuple(texts)
         digest = hashlib.sha256()
@@ -45,18 +50,22 @@ class Documents:
             encoded = text.encode("utf-8", errors="surrogatepass")
             digest.update(len(encoded).to_bytes(8, "little"))
             digest.update(encoded)
-        return cls(texts, source, digest.hexdigest())
+        return cls(texts, source, digest.hexdigest(), frozenset(parts))
+
+    def unlike(self, *known: Documents) -> list[str]:
+        """The different texts that none of `known` holds, be it as a part of a document."""
+        held = {text.strip() for d in known for text in (*d.texts, *d.parts)}
+        return [text for text in dict.fromkeys(self.texts) if text.strip() not in held]
 
     def without(self, *known: Documents) -> Documents:
         """Those that none of `known` holds; raises DataError where nothing is left."""
-        texts = {text for documents in known for text in documents.texts}
-        fresh = [text for text in self.texts if text not in texts]
+        fresh = set(self.unlike(*known))
         if not fresh:
             sources = " or ".join(documents.source for documents in known)
             raise DataError(
                 f"{self.source}: every document is also in {sources}; give a text of another kind"
             )
-        return Documents.of(fresh, self.source)
+        return Documents.of((t for t in self.texts if t in fresh), self.source, self.parts)
 
 
 def load_documents(

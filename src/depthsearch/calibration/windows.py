@@ -41,7 +41,8 @@ _EXACT = 1e-9
 class Splits:
     """Token windows of disjoint sets of documents, each `[n, window_tokens]` of int64.
 
-    `select_texts` and `finals_texts` are the documents that went into those windows.
+    `select_texts`, `finals_texts` and `heldout_texts` are the documents that went into those
+    windows.
     """
 
     select: Tensor
@@ -52,6 +53,7 @@ class Splits:
     window_tokens: int
     select_texts: tuple[str, ...] = ()
     finals_texts: tuple[str, ...] = ()
+    heldout_texts: tuple[str, ...] = ()
 
 
 def make_splits(
@@ -66,6 +68,7 @@ def make_splits(
     fit_tokens: int = 0,
     fit_other: Other | None = None,
     pairs: PairRows | None = None,
+    fit_key: str = "fit_tokens",
 ) -> Splits:
     """Tokenize as many documents as needed and pack each split into windows of one length.
 
@@ -81,9 +84,10 @@ def make_splits(
     long for an encoder-decoder; a window's tokens count once.
 
     With `fit_other` a share of the fit windows is from those documents, spread evenly among the
-    others; documents that `documents` holds as well are left out of it.
+    others; what `documents` holds as well, be it as the source or target of one, is left out of it.
 
-    Raises DataError where the figures don't fit together or the text is too short.
+    Raises DataError where the figures don't fit together or the text is too short, which calls
+    `fit_tokens` by the name `fit_key`.
     """
     prefix = opening_tokens(tokenizer) if pairs is None else ()
     asked = {
@@ -100,15 +104,15 @@ def make_splits(
                 f"{name}_tokens is {tokens}; allowed: 0, or at least one window of {window_tokens}"
             )
     held, rest = _dealt(documents, heldout_fraction, seed)
-    packer = _Packer(tokenizer, prefix, window_tokens, documents.source, pairs)
-    heldout, _ = packer.pack(held, heldout_tokens, "heldout")
+    packer = _Packer(tokenizer, prefix, window_tokens, documents.source, pairs, fit_key)
+    heldout, judged = packer.pack(held, heldout_tokens, "heldout")
     select, used = packer.pack(rest, select_tokens, "select")
     finals, more = packer.pack(rest[used:], finals_tokens, "finals")
     theirs = fit_other.places(fit_tokens // window_tokens) if fit_other is not None else []
     own_tokens = fit_tokens - sum(theirs) * window_tokens
     fit, _ = packer.pack(rest[used + more :], own_tokens, "fit")
     if fit_other is not None and any(theirs):
-        fit = fit_other.mixed_into(fit, theirs, set(documents.texts), packer, seed)
+        fit = fit_other.mixed_into(fit, theirs, documents, packer, seed)
     # A race judges by the first windows, which must stand for all: neighbours share a document.
     order = np.random.default_rng([seed, _ORDER]).permutation(len(select))
     select = select[torch.from_numpy(order)]
@@ -125,6 +129,7 @@ def make_splits(
         window_tokens,
         tuple(rest[:used]),
         tuple(rest[used : used + more]),
+        tuple(held[:judged]),
     )
 
 
@@ -186,13 +191,31 @@ def _dealt(documents: Documents, heldout_fraction: float, seed: int) -> tuple[li
     return held, [texts[i] for i in np.sort(order[held_count:])[rest_order]]
 
 
-def text_windows(documents: Documents, tokenizer: Any, window_tokens: int, tokens: int) -> Tensor:
+def text_windows(
+    documents: Documents,
+    tokenizer: Any,
+    window_tokens: int,
+    tokens: int,
+    pairs: PairRows | None = None,
+) -> Tensor:
     """Windows `[n, window_tokens]` of a text that is not split, at most `tokens` tokens of it.
 
     Each different document counts once, in one fixed shuffled order, so that a part of a long text
-    stands for the whole. Raises DataError where there is not even one window.
+    stands for the whole. With `pairs` each makes a row, as in `make_splits`. Raises DataError where
+    there is not even one window.
     """
-    prefix = opening_tokens(tokenizer)
+    return text_sample(documents, tokenizer, window_tokens, tokens, pairs)[0]
+
+
+def text_sample(
+    documents: Documents,
+    tokenizer: Any,
+    window_tokens: int,
+    tokens: int,
+    pairs: PairRows | None = None,
+) -> tuple[Tensor, tuple[str, ...]]:
+    """As `text_windows`, with the documents that went into the windows."""
+    prefix = opening_tokens(tokenizer) if pairs is None else ()
     if window_tokens < len(prefix) + 2 or tokens < window_tokens:
         raise DataError(
             f"windows of {window_tokens} tokens in {tokens} tokens of text were asked for; "
@@ -200,15 +223,19 @@ def text_windows(documents: Documents, tokenizer: Any, window_tokens: int, token
         )
     texts = list(dict.fromkeys(documents.texts))
     order = np.random.default_rng(HELDOUT_SEED).permutation(len(texts))
+    texts = [texts[i] for i in order]
+    count = tokens // window_tokens
+    if pairs is not None:
+        return pairs.rows(texts[:count], window_tokens), tuple(texts[:count])
     packer = _Packer(tokenizer, prefix, window_tokens, documents.source)
     body = window_tokens - len(prefix)
-    stream, _ = packer.stream([texts[i] for i in order], tokens // window_tokens * body)
+    stream, used = packer.stream(texts, count * body)
     if len(stream) < body:
         raise DataError(
             f"{documents.source}: holds {len(stream):,} tokens, less than one window of "
             f"{window_tokens}; lower window_tokens, or give more text"
         )
-    return packer.rows(stream, min(tokens // window_tokens, len(stream) // body))
+    return packer.rows(stream, min(count, len(stream) // body)), tuple(texts[:used])
 
 
 def check_windows(windows: Tensor, rows: int, context: int | None) -> None:
@@ -281,13 +308,13 @@ class Other:
         return found[:count]
 
     def mixed_into(
-        self, own: Tensor, theirs: Sequence[bool], known: set[str], packer: _Packer, seed: int
+        self, own: Tensor, theirs: Sequence[bool], known: Documents, packer: _Packer, seed: int
     ) -> Tensor:
         """The windows `own` `[n, window]` with those of the other documents at their places.
 
         Raises DataError where these are too short without those that are `known`.
         """
-        texts = [text for text in dict.fromkeys(self.documents.texts) if text not in known]
+        texts = self.documents.unlike(known)
         order = np.random.default_rng([seed, _OTHERS]).permutation(len(texts))
         body = packer.window_tokens - len(packer.prefix)
         stream, _ = packer.stream([texts[i] for i in order], sum(theirs) * body)
@@ -296,7 +323,7 @@ class Other:
                 f"{self.documents.source}: repairs need {sum(theirs) * packer.window_tokens:,} "
                 f"tokens of it, but its {len(texts):,} documents that the calibration text does "
                 f"not hold have {len(stream) // body * packer.window_tokens:,}; lower fit_share or "
-                "the fit tokens, or give more text"
+                f"{packer.fit_key}, or give more text"
             )
         fit = torch.empty((len(theirs), packer.window_tokens), dtype=torch.int64)
         places = torch.tensor(theirs)
@@ -312,6 +339,7 @@ class _Packer:
     window_tokens: int
     source: str
     pairs: PairRows | None = None
+    fit_key: str = "fit_tokens"
 
     def pack(self, texts: Sequence[str], tokens: int, split: str) -> tuple[Tensor, int]:
         """The windows of one split `[n, window]`, and how many of `texts` went into it."""
@@ -325,7 +353,7 @@ class _Packer:
             raise DataError(
                 f"{self.source}: the {split} split needs {count * self.window_tokens:,} tokens, "
                 f"but its {len(texts):,} documents hold {windows * self.window_tokens:,}; lower "
-                f"{split}_tokens, {self._remedy(split)}, or give more text"
+                f"{self._key(split)}, {self._remedy(split)}, or give more text"
             )
         return self.rows(stream, count), used
 
@@ -336,7 +364,7 @@ class _Packer:
             raise DataError(
                 f"{self.source}: the {split} split needs {count:,} sources with their targets, one "
                 f"for {self.window_tokens} of its tokens, but {len(texts):,} are left for it; "
-                f"lower {split}_tokens, {self._remedy(split)}, or give more text"
+                f"lower {self._key(split)}, {self._remedy(split)}, or give more text"
             )
         return self.pairs.rows(texts[:count], self.window_tokens)
 
@@ -362,6 +390,9 @@ class _Packer:
         rows = torch.tensor(stream[: count * body], dtype=torch.int64).reshape(count, body)
         opening = torch.tensor(self.prefix, dtype=torch.int64).expand(count, len(self.prefix))
         return torch.cat([opening, rows], dim=1)
+
+    def _key(self, split: str) -> str:
+        return self.fit_key if split == "fit" else f"{split}_tokens"
 
     @staticmethod
     def _remedy(split: str) -> str:

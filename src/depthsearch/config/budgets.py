@@ -207,4 +207,6 @@ class FrontConfig(Section):
             raise ValueError("budgets or second holds at least 1 item, such as {keep_params: 0.9}")
         if len({budget.metric for budget in self.second}) > 1:
             raise ValueError("second takes budgets of one cost, such as keep_kv_bytes")
+        if len({budget.label for budget in self.second}) != len(self.second):
+            raise ValueError("each budget of second may appear once")
         return self

@@ -95,6 +95,11 @@ class CalibrationConfig(Section):
             raise ValueError("must hold {source}, such as 'Translate into German: {source}'")
         return prompt
 
+    @property
+    def languages(self) -> tuple[str | None, str | None]:
+        """Those of `column` and of `target_column`."""
+        return self.source_language, self.target_language
+
     @model_validator(mode="after")
     def _check_target(self) -> Self:
         if self.target_column is None:
@@ -103,6 +108,13 @@ class CalibrationConfig(Section):
                     raise ValueError(f"{key} needs target_column: name one, or leave {key} out")
         elif self.target_column == self.column:
             raise ValueError(f"column and target_column are both {self.column!r}: name two")
+        return self
+
+    @model_validator(mode="after")
+    def _check_fit(self) -> Self:
+        for key in ("fit_column", "fit_share") if self.fit_text is None else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} needs fit_text: name one, or leave {key} out")
         return self
 
     @model_validator(mode="after")

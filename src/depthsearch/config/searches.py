@@ -22,6 +22,8 @@ Finish = Literal["none", "gap", "sequential"]
 Loss = Literal["kl", "cross_entropy", "angular", "norm", "js", "chrf"]
 
 _NAME = re.compile(r"[^\W_][\w .+,=()-]*")
+_DENSE = "dense model"
+"""What tables call the row of the model itself."""
 _LONGEST_NAME = 150
 """Bytes of an arm's name: folders hold 255, and a seed and a budget follow."""
 
@@ -40,12 +42,14 @@ def _mapped(value: object) -> object:
 
 
 def _named(name: str) -> str:
-    """Refuse the name of an arm that can't be a part of a folder's name."""
+    """Refuse the name of an arm that can't be a part of a folder's name, or is taken."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             "must begin with a letter or digit and go on with letters, digits, spaces and "
             "_ . + - , = ( ), since it names folders"
         )
+    if name == _DENSE:
+        raise ValueError("is what tables call the model itself: choose another name")
     if len(name.encode()) > _LONGEST_NAME:
         raise ValueError(f"must have at most {_LONGEST_NAME} bytes, since it names folders")
     return name

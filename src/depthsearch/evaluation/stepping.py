@@ -20,7 +20,7 @@ class Stepper:
         if mode is Mode.WHOLE:
             raise UnsupportedModelError(
                 f"{replayer.anatomy.model_class}: its blocks can't be replayed on their own, so it "
-                "can't be repaired: set search.repair to none"
+                "can't be repaired: set search.repair and search.finish to none"
             )
         self.replayer = replayer
         anatomy = replayer.anatomy

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class RepairTable:
     def cost(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of the gaps of `masks` that were not counted yet."""
         flops = 0
-        for (step, kept), targets in _by_gram(self._gaps(masks) - self._counted).items():
+        for (step, kept, _), targets in _by_gram(self._gaps(masks) - self._counted).items():
             sites = self._stepper.steps[step]
             site = fitted_site(sites, Turn(kept))
             for place, runs in zip(sites, kept, strict=True):
@@ -63,10 +64,11 @@ class RepairTable:
     def fit(self, masks: Sequence[Mask]) -> None:
         """Fit what is missing for `masks`, with one Gram matrix for all gaps after one step."""
         missing = self._gaps(masks) - self._patches.keys()
-        for (step, kept), targets in sorted(_by_gram(missing).items()):
-            states = self._fit.dense(step)
-            found = self._fit.fit(step, kept, sorted(targets), states)
-            self._patches |= {(step, turn): patch for turn, patch in found.items()}
+        for (step, kept, given), targets in sorted(_by_gram(missing).items()):
+            found = self._fit.fit(step, kept, sorted(targets), self._fit.dense(given))
+            for turn, patch in found.items():
+                at = None if given == step else given
+                self._patches[step, replace(turn, given=at)] = patch
 
     def applied(self, step: int, turn: Turn) -> AbstractContextManager[None]:
         """The model with the repair of one turn, where there is one."""
@@ -85,10 +87,11 @@ class RepairTable:
         }
 
 
-def _by_gram(gaps: set[Gap]) -> dict[tuple[int, tuple[bool, ...]], list[int]]:
-    """The targets of `gaps` by what is fitted towards them."""
-    found: dict[tuple[int, tuple[bool, ...]], list[int]] = {}
+def _by_gram(gaps: set[Gap]) -> dict[tuple[int, tuple[bool, ...], int], list[int]]:
+    """The targets of `gaps` by the step and what it runs, and the step whose stream it is given."""
+    found: dict[tuple[int, tuple[bool, ...], int], list[int]] = {}
     for step, turn in gaps:
         assert turn.target is not None
-        found.setdefault((step, turn.kept), []).append(turn.target)
+        given = step if turn.given is None else turn.given
+        found.setdefault((step, turn.kept, given), []).append(turn.target)
     return found

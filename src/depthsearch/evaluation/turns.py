@@ -29,11 +29,13 @@ class Steps(tuple[Step, ...]):
 class Turn:
     """One step of one mask: the flags of its sites, and what its output is fitted to.
 
-    `target` t means the dense stream before step t; None leaves the weights as they are.
+    `target` t means the dense stream before step t; None leaves the weights as they are. `given` is
+    the step whose dense stream it is given in a repair that is looked up: None for its own.
     """
 
     kept: tuple[bool, ...]
     target: int | None = None
+    given: int | None = None
 
 
 def steps_of(sites: int, width: int, ends: Sequence[int] = ()) -> Steps:
@@ -70,7 +72,13 @@ def turns_of(mask: Mask, steps: Steps, repair: Repair = "none") -> tuple[Turn, .
             gap = after > place + 1 or not all(kept) or (damaged and not begun)
             damaged, begun = damaged or gap, True
             aimed = gap or (repair == "sequential" and (damaged or behind))
-            found.append(Turn(kept, after if aimed else None))
+            first = (
+                aimed
+                and repair == "table"
+                and place > start
+                and not any(map(any, flags[start:place]))
+            )
+            found.append(Turn(kept, after if aimed else None, start if first else None))
         start, behind = end, behind or damaged
     return tuple(found)
 

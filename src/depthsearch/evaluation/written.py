@@ -7,6 +7,7 @@ reads next, so masks share no prefix of a pass, and a unit costs the sum of its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from depthsearch.calibration.chrf import chrf_losses
 from depthsearch.calibration.tasks import Task
@@ -17,6 +18,17 @@ from depthsearch.evaluation.samples import is_out_of_memory
 from depthsearch.evaluation.similarity import HINT_BATCHES
 from depthsearch.model.switches import masked
 from depthsearch.space import Hints, Mask, Sensitivity, Status
+
+
+def write(model: Any, task: Task, places: Sequence[int]) -> tuple[tuple[str, ...], int]:
+    """What `model` writes for some prompts of `task`, all at once, and the passes it took."""
+    prompts = [task.prompts[place] for place in places]
+    most, ends = task.max_new_tokens, task.ends
+    if task.starts is None:
+        written, passes = decode_greedily(model, prompts, most, ends)
+    else:
+        written, passes = translate_greedily(model, prompts, task.starts, most, ends)
+    return task.texts(written), passes
 
 
 class Written:
@@ -77,16 +89,9 @@ class Written:
 
     def texts(self, batch: int, mask: Mask) -> tuple[tuple[str, ...], int]:
         """What the masked model writes for the prompts of one batch, and the passes it took."""
-        task, replayer = self._task, self._judge.replayer
-        prompts = [task.prompts[place] for place in self._batches[batch]]
+        replayer = self._judge.replayer
         with masked(replayer.model, replayer.anatomy, mask) as model:
-            if task.starts is None:
-                written, passes = decode_greedily(model, prompts, task.max_new_tokens, task.ends)
-            else:
-                written, passes = translate_greedily(
-                    model, prompts, task.starts, task.max_new_tokens, task.ends
-                )
-        return task.texts(written), passes
+            return write(model, self._task, self._batches[batch])
 
     def plan(self, masks: Sequence[Mask]) -> float:
         """The `cost_tokens` of evaluating `masks` where each writes as long as it may."""

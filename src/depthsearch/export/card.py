@@ -268,14 +268,15 @@ def _making(mask: Mask, card: CardData, check: Verification | None) -> str:
 def _refitted(loaded: LoadedModel, card: CardData) -> str:
     assert card.repair is not None
     sites: Mapping[str, Mapping[str, float]] = card.repair["sites"]
-    norms = any(row.norm_after for row in describe(loaded.model).rows)
-    what = "The output projections, and the size of the norms behind them, of"
-    what = what if norms else "The output projections of"
+    if not sites:
+        return (
+            "Nothing: no refit was better on tokens held back, or nothing stands before what was "
+            "dropped."
+        )
     lines = [
-        f"{what} {len(sites)} sublayers (numbers of the base model) were "
-        "refitted by ridge least squares, so that the residual stream follows the base model's "
-        f"behind what was dropped; {card.repair['fit_tokens']:,} tokens of "
-        f"{card.fitted_on or card.calibration or 'the calibration text'} were used, none of which "
+        f"{_projections(loaded, len(sites))} refitted by ridge least squares, so that the residual "
+        "stream follows the base model's behind what was dropped; "
+        f"{card.repair['fit_tokens']:,} tokens of {_fit_text(card)} were used, none of which "
         "judged a mask. No parameter was added."
     ]
     lines += [
@@ -286,9 +287,26 @@ def _refitted(loaded: LoadedModel, card: CardData) -> str:
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
+def _projections(loaded: LoadedModel, count: int) -> str:
+    """The beginning of the sentence that says what of so many sublayers was refitted."""
+    norms = any(row.norm_after for row in describe(loaded.model).rows)
+    if count == 1:
+        norm = ", and the size of the norm behind it," if norms else ""
+        which = f"The output projection{norm} of 1 sublayer (number of the base model)"
+        return f"{which} {'were' if norms else 'was'}"
+    norm = ", and the size of the norms behind them," if norms else ""
+    return f"The output projections{norm} of {count} sublayers (numbers of the base model) were"
+
+
+def _fit_text(card: CardData) -> str:
+    return card.fitted_on or card.calibration or "the calibration text"
+
+
 def _limits(card: CardData) -> str:
     text = card.calibration or "a small calibration text"
-    but = "" if card.repair is None else " but for those refitted, in closed form, on that text"
+    but = ""
+    if card.repair is not None and card.repair["sites"]:
+        but = f" but for those refitted, in closed form, on tokens of {_fit_text(card)}"
     return (
         f"The sublayers were chosen on {text}: other languages, domains and tasks may have lost "
         "more, and long generation and reasoning suffer before perplexity shows it. The weights "

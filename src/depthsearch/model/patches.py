@@ -10,10 +10,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from depthsearch.errors import RunDirectoryError, StorageError
 from depthsearch.model.anatomy import Anatomy
-from depthsearch.model.repair import Patch
+from depthsearch.model.repair import Patch, projection_of
 from depthsearch.sources import one_line
 from depthsearch.space import Mask
 
@@ -44,10 +45,13 @@ def save_patches(path: Path, patches: Sequence[Patch], anatomy: Anatomy, mask: M
     return file_digest(path)
 
 
-def load_patches(path: Path, anatomy: Anatomy, mask: Mask, sha256: str) -> tuple[Patch, ...]:
-    """The refitted weights of `mask`.
+def load_patches(
+    path: Path, model: nn.Module, anatomy: Anatomy, mask: Mask, sha256: str
+) -> tuple[Patch, ...]:
+    """The refitted weights of `mask`, in the number format of `model`.
 
-    Raises RunDirectoryError where the file is missing, damaged, or belongs to another mask.
+    Raises RunDirectoryError where the file is missing, damaged, or belongs to another mask or
+    number format.
     """
     try:
         if file_digest(path) != sha256:
@@ -63,7 +67,7 @@ def load_patches(path: Path, anatomy: Anatomy, mask: Mask, sha256: str) -> tuple
     if about.get("format") != 1 or about.get("mask") != mask.key:
         raise RunDirectoryError(f"{path} holds the repair of another mask: search again")
     numbers = {site.name: site.index for site in anatomy.sites}
-    return tuple(
+    patches = tuple(
         Patch(
             numbers[name],
             tensors[f"{name}.weight"],
@@ -74,6 +78,15 @@ def load_patches(path: Path, anatomy: Anatomy, mask: Mask, sha256: str) -> tuple
         )
         for name, entry in about["sites"].items()
     )
+    for patch in patches:
+        old = projection_of(model, anatomy, anatomy.sites[patch.site]).weight
+        here, there = (str(found.dtype).removeprefix("torch.") for found in (old, patch.weight))
+        if here != there:
+            raise RunDirectoryError(
+                f"{path} holds weights in {there}, but the model is in {here}: set model.dtype to "
+                f"{there}, or search again"
+            )
+    return patches
 
 
 def file_digest(path: Path) -> str:

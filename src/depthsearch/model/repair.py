@@ -180,7 +180,7 @@ def projection_of(model: nn.Module, anatomy: Anatomy, site: Site) -> Projection:
         if weight is None or weight.ndim != dimensions:
             raise UnsupportedModelError(
                 f"{anatomy.model_class}: '{path}' of {site.name} holds no {shape}, so it can't be "
-                "refitted: set search.repair to none"
+                "refitted: set search.repair and search.finish to none"
             )
         found.append(module)
     factor = 1.0 if row.factor is None else float(getattr(block, row.factor))

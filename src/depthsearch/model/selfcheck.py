@@ -45,6 +45,7 @@ def self_check(model: nn.Module, anatomy: Anatomy, tokens: int = 24) -> SelfChec
     Raises UnsupportedModelError where masking is not what zero weights do. Where replay is not
     exact the mode is coarser, at worst whole masked forward passes.
     """
+    _check_format(model, anatomy)
     replayer = Replayer(model, anatomy)
     rng = np.random.default_rng(0)
     # Of an encoder-decoder this may well be one of its two stacks.
@@ -57,6 +58,16 @@ def self_check(model: nn.Module, anatomy: Anatomy, tokens: int = 24) -> SelfChec
     _check_removal(replayer, recording)
     mode, difference = _exact_mode(replayer, recording, rng)
     return SelfCheck(mode, tuple(site.name for site in sites), difference)
+
+
+def _check_format(model: nn.Module, anatomy: Anatomy) -> None:
+    """Refuse float16 beside float32 (T5): the stream's format would depend on what is dropped."""
+    formats = {parameter.dtype for parameter in model.parameters()}
+    if {torch.float16, torch.float32} <= formats:
+        raise UnsupportedModelError(
+            f"{anatomy.model_class} keeps some of its weights in float32 beside float16: set "
+            "model.dtype to bfloat16 or float32"
+        )
 
 
 def _sample(anatomy: Anatomy) -> tuple[Site, ...]:

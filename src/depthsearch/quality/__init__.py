@@ -6,8 +6,10 @@ from depthsearch.quality.latency import StepTimes, Times, measure_parts, measure
 from depthsearch.quality.perplexity import Perplexity, perplexity
 from depthsearch.quality.size import Size, measure_size
 from depthsearch.quality.speed import PeakMemory, Speed, Timing, measure_speed, peak_memory
+from depthsearch.quality.written import ChrF, score_written
 
 __all__ = [
+    "ChrF",
     "PeakMemory",
     "Perplexity",
     "Size",
@@ -21,4 +23,5 @@ __all__ = [
     "measure_steps",
     "peak_memory",
     "perplexity",
+    "score_written",
 ]

@@ -1,10 +1,10 @@
-"""Teacher-forced perplexity over non-overlapping windows."""
+"""Teacher-forced perplexity, of text in windows or of targets behind their sources."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthsearch.calibration.pair_rows import pad_token
 from depthsearch.calibration.windows import batches, check_windows
 from depthsearch.errors import DataError, ModelError
 from depthsearch.model.anatomy import context_window
@@ -23,10 +24,11 @@ LOGITS_AT_ONCE = 1 << 23
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`value = exp(loss_nats)`; `stderr` is that of `loss_nats` over windows, None for one window.
+    """`value = exp(loss_nats)`, the mean over all scored tokens, of which there are `tokens`.
 
     `losses` holds the mean negative log likelihood of each window in nats per scored token,
-    `tokens` counts the scored tokens, `protocol` says how all this was measured.
+    `stderr` is that of `loss_nats` over windows, None for one window. `protocol` says how all this
+    was measured.
     """
 
     value: float
@@ -51,6 +53,10 @@ def perplexity(
     vocabulary times tokens. A model that does not allow this is run whole, window by window.
     At most `logits_at_once` logits exist at a time. `on_progress(done, total)` counts windows.
 
+    Windows of an encoder-decoder are what it reads and, equally long, what enters its decoder, as
+    `PairRows` makes them. It is run whole, window by window, and scored on what should follow in
+    its decoder, up to the padding.
+
     Raises DataError for windows of the wrong shape, length or vocabulary, ModelError for a loss
     that is not finite.
     """
@@ -59,15 +65,21 @@ def perplexity(
             f"windows have shape {list(windows.shape)}; allowed: [n, window], at least one "
             "window of 2 tokens"
         )
+    two = bool(getattr(model.config, "is_encoder_decoder", False))
+    halves = windows.chunk(2, dim=1) if two else (windows,)
     rows = model.get_input_embeddings().weight.shape[0]
-    check_windows(windows, rows, context_window(model))
+    for part in halves:
+        check_windows(part, rows, context_window(model))
     device = next(model.parameters()).device
     losses: list[float] = []
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            head = _ChunkedHead(model, logits_at_once)
+            counts = (
+                _target_counts(model, windows) if two else [windows.shape[1] - 1] * len(windows)
+            )
+            head = _Translation(model, counts) if two else _ChunkedHead(model, logits_at_once)
             for batch in batches(windows, batch_tokens):
                 losses += head.losses(batch.to(device))
                 if on_progress is not None:
@@ -80,20 +92,70 @@ def perplexity(
             f"the loss of window {bad} is {losses[bad]}: the model's logits overflow; "
             "load it in float32"
         )
-    count, window = windows.shape
-    mean = math.fsum(losses) / count
-    stderr = None
-    if count > 1:
-        variance = math.fsum((loss - mean) ** 2 for loss in losses) / (count - 1)
-        stderr = math.sqrt(variance / count)
+    mean, stderr = _mean(losses, counts)
+    written = halves[-1].shape[1]
+    protocol = (
+        f"targets of at most {written} tokens behind sources of as many"
+        if two
+        else f"nonoverlapping window={written}"
+    )
     return Perplexity(
         value=math.exp(mean) if mean < 700 else math.inf,
         loss_nats=mean,
         stderr=stderr,
-        tokens=count * (window - 1),
-        protocol=f"nonoverlapping window={window}, first token unscored, n={count} windows",
+        tokens=sum(counts),
+        protocol=f"{protocol}, first token unscored, n={len(windows)} windows",
         losses=tuple(losses),
     )
+
+
+def _mean(losses: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """The mean over tokens of windows that have `counts` of them, and its standard error.
+
+    The error is that of a ratio over windows, None for one.
+    """
+    windows, tokens = len(losses), sum(counts)
+    mean = math.fsum(loss * count for loss, count in zip(losses, counts, strict=True)) / tokens
+    if windows == 1:
+        return mean, None
+    squares = math.fsum(
+        ((loss - mean) * count * windows / tokens) ** 2
+        for loss, count in zip(losses, counts, strict=True)
+    )
+    return mean, math.sqrt(squares / (windows - 1) / windows)
+
+
+def _target_counts(model: Any, rows: Tensor) -> list[int]:
+    """How many tokens of each of `rows` `[n, 2 * window]` follow the first one of the decoder."""
+    written = rows[:, rows.shape[1] // 2 :]
+    counts = (written[:, 1:] != pad_token(model)).long().cumprod(1).sum(1)
+    if rows.shape[1] % 2 or int(counts.min()) < 1:
+        raise DataError(
+            "windows of an encoder-decoder are two equal halves, with a target in the second"
+        )
+    return [int(count) for count in counts]
+
+
+class _Translation:
+    """Runs an encoder-decoder on sources and targets, of which `counts` tokens are scored."""
+
+    def __init__(self, model: Any, counts: Sequence[int]) -> None:
+        self._model = model
+        self._counts = iter(counts)
+
+    def losses(self, rows: Tensor) -> list[float]:
+        """The mean loss in nats of each of the next `rows` `[batch, 2 * window]`."""
+        return [self._whole(row.unsqueeze(0), next(self._counts)) for row in rows]
+
+    def _whole(self, row: Tensor, count: int) -> float:
+        read, written = row.chunk(2, dim=1)
+        logits = self._model(
+            input_ids=read,
+            attention_mask=(read != pad_token(self._model)).long(),
+            decoder_input_ids=written[:, :count],
+            use_cache=False,
+        ).logits
+        return float(_nats(logits[0], written[0, 1 : count + 1]).double().mean())
 
 
 class _ChunkedHead:

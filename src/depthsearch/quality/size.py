@@ -71,8 +71,9 @@ def disk_bytes(checkpoint: str | Path) -> int:
 def kv_bytes_per_token(model: Any) -> int:
     """Bytes by which the cache of one sequence grows with a token, measured on a short prompt.
 
-    Layers with a sliding window stop growing once it is full, so for them this is the growth
-    before that. State of fixed size (convolutions, state spaces) does not count.
+    With an encoder-decoder it is one token read and one written. Layers with a sliding window stop
+    growing once it is full, so for them this is the growth before that. State of fixed size
+    (convolutions, state spaces) does not count.
 
     Raises ModelError for a model that returns no cache.
     """
@@ -83,17 +84,22 @@ def kv_bytes_per_token(model: Any) -> int:
 def _cache_bytes(model: Any, tokens: int) -> int:
     device = next(model.parameters()).device
     ids = torch.ones(1, tokens, dtype=torch.int64, device=device)
+    two = bool(getattr(model.config, "is_encoder_decoder", False))
+    written = {"decoder_input_ids": ids} if two else {}
     with torch.no_grad():
-        cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", None)
-    if layers is None:
+        cache = getattr(model(input_ids=ids, **written, use_cache=True), "past_key_values", None)
+    # That of an encoder-decoder is two, of what it has written and of what it has read.
+    caches = [getattr(cache, f"{of}_attention_cache", None) for of in ("self", "cross")]
+    found = [part for part in caches if part is not None] or [cache]
+    if any(getattr(part, "layers", None) is None for part in found):
         raise ModelError(
             f"{type(model).__name__} returned a cache of type {type(cache).__name__}; its size "
             "can't be measured, only that of a transformers Cache"
         )
     return sum(
         tensor.numel() * tensor.element_size()
-        for layer in layers
+        for part in found
+        for layer in part.layers
         for tensor in vars(layer).values()
         if isinstance(tensor, Tensor)
     )

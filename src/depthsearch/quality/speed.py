@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from depthsearch.errors import DepthsearchError, ModelError
 from depthsearch.model.anatomy import context_window
@@ -43,7 +44,8 @@ class Timing:
 class Speed:
     """Rates are over all sequences of the batch, from the medians.
 
-    `prefill` times the whole prompt, `decode` one step of one token a sequence.
+    `prefill` times the whole prompt, `decode` one step of one token a sequence. The prompt of an
+    encoder-decoder is what it reads; its first written token belongs to the prefill.
     `peak_memory_bytes` is what the run held on the device at most (weights, cache, activations);
     None on a CPU, where `peak_memory` measures it in a process of its own.
     """
@@ -164,7 +166,11 @@ def peak_memory(
 def _measure_own_peak() -> None:
     """Body of the child process: print one JSON object as the last line of standard output."""
     path, prompt_tokens, new_tokens, batch, dtype, device = json.loads(sys.argv[1])
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers import (  # noqa: F401
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+    )
 
     try:
         baseline = _resident_peak_bytes()
@@ -225,19 +231,43 @@ def _turn(
         held = torch.cuda.memory_allocated(device)
     with torch.no_grad():
         start = _now_ms(device)
-        output = model(input_ids=ids, use_cache=True, **keep)
+        output, further = _prefill(model, ids, keep)
         filled = _now_ms(device)
         for _ in range(new_tokens):
             token = output.logits[:, -1:].argmax(dim=-1)
-            output = model(
-                input_ids=token, past_key_values=output.past_key_values, use_cache=True, **keep
-            )
+            output = further(token, output.past_key_values)
         end = _now_ms(device)
     peak = None
     if device.type == "cuda":
         extra = torch.cuda.max_memory_allocated(device) - held
         peak = memory_bytes(model) + extra
     return filled - start, (end - filled) / new_tokens, peak
+
+
+def _prefill(
+    model: Any, ids: Tensor, keep: Mapping[str, int]
+) -> tuple[Any, Callable[[Tensor, Any], Any]]:
+    """What `model` returns for the prompt `ids` `[batch, seq]`, and what makes a further step.
+
+    The latter takes a token a sequence and the cache.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+
+        def further(tokens: Tensor, cache: Any) -> Any:
+            return model(input_ids=tokens, past_key_values=cache, use_cache=True, **keep)
+
+        return further(ids, None), further
+    encoded = model.get_encoder()(input_ids=ids)[0]
+
+    def written(tokens: Tensor, cache: Any) -> Any:
+        return model(
+            encoder_outputs=(encoded,),
+            decoder_input_ids=tokens,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    return written(ids[:, :1], None), written
 
 
 def _now_ms(device: torch.device) -> float:

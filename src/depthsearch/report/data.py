@@ -189,6 +189,14 @@ class RunData:
         return dict(Counter(p.family for p in self.points).most_common())
 
 
+def _unfinished(folder: Path) -> str | None:
+    """What was begun in a folder without a run, None where it is neither of the two."""
+    if (folder / "calibration.jsonl").is_file():
+        return "a calibration check"
+    is_compare = (folder / "config.yaml").is_file() and (folder / "arms").is_dir()
+    return "a comparison" if is_compare else None
+
+
 def read_run(run_dir: Path) -> RunData:
     """Read journal.jsonl and, where they exist, best.json and export.json of a run.
 
@@ -196,6 +204,12 @@ def read_run(run_dir: Path) -> RunData:
     RunDirectoryError for a directory that holds no run, JournalError for a damaged journal.
     """
     if not (run_dir / "journal.jsonl").is_file():
+        unfinished = _unfinished(run_dir)
+        if unfinished is not None:
+            raise RunDirectoryError(
+                f"{run_dir} holds {unfinished} that has not finished: continue it with the "
+                "command that began it, which writes the report"
+            )
         raise RunDirectoryError(
             f"{run_dir} is not a run directory: it holds no journal.jsonl; give the folder that "
             "`depthsearch search CONFIG --out` wrote"

@@ -29,6 +29,7 @@ _EXPORT_ROWS = (
     ("disk_bytes", "Size on disk", "bytes"),
     ("kv_bytes_per_token", "KV cache per token", "bytes"),
     ("perplexity", "Held-out perplexity", ""),
+    ("chrf", "chrF++ of texts written", ""),
     ("prefill_tokens_per_s", "Prefill, tokens/s", ""),
     ("decode_tokens_per_s", "Decode, tokens/s", ""),
     ("peak_memory_bytes", "Peak memory", "bytes"),

@@ -24,7 +24,7 @@ from depthsearch.errors import NothingFoundError, RunDirectoryError
 from depthsearch.evaluation import Backend
 from depthsearch.journal import Journal
 from depthsearch.model.anatomy import require_decoder_only
-from depthsearch.run.calibration_masks import mask_set, run_masks
+from depthsearch.run.calibration_masks import check_masks, mask_set, run_masks
 from depthsearch.run.calibration_texts import CheckOptions, Text, check_sizes, check_texts
 from depthsearch.run.directory import (
     CALIBRATION,
@@ -88,6 +88,7 @@ class _Check:
 
     def run(self) -> dict[str, Any]:
         session, config = self.session, self.session.config
+        check_masks(session.space)
         splits = session.splits(config.search.seed)
         texts = check_texts(session, self.options, self.others, splits.heldout)
         sizes = check_sizes(config.calibration, self.options)

@@ -54,12 +54,23 @@ def mask_set(
     born = filled(rng, moves, Credit(moves.names), parents[:count], fresh, count, len(found))
     for mask, origin in born.items():
         found[mask] = Proposal(mask, origin if origin == "random" else f"offspring, {origin}")
-    if len(found) < _LEAST:
+    _check_count(len(found))
+    return tuple(found.values())
+
+
+def check_masks(space: SearchSpace) -> None:
+    """Refuse a space with a single mask on budget; raises NothingFoundError."""
+    masks = space.enumerate(_LEAST - 1)
+    if masks is not None:
+        _check_count(len(masks))
+
+
+def _check_count(masks: int) -> None:
+    if masks < _LEAST:
         raise NothingFoundError(
-            f"the space holds {len(found)} mask on budget, so there is nothing to rank: lower the "
+            f"the space holds {masks} mask on budget, so there is nothing to rank: lower the "
             "budget or protect fewer sites"
         )
-    return tuple(found.values())
 
 
 def run_masks(run: Path, space: SearchSpace, fingerprint: str) -> tuple[Proposal, ...]:

@@ -20,10 +20,11 @@ import numpy as np
 
 from depthsearch import __version__
 from depthsearch.config import BudgetConfig, RunConfig, SearchConfig, load_config, resolved_yaml
-from depthsearch.errors import ConfigError, NothingFoundError, RunDirectoryError
+from depthsearch.errors import ConfigError, InputError, NothingFoundError, RunDirectoryError
 from depthsearch.journal import read_journal
 from depthsearch.run.anytime import improvements, spaced
 from depthsearch.run.arms import arm_config, arm_runs, arm_search, budgets_of, cost_first
+from depthsearch.run.borrowed import baseline_names
 from depthsearch.run.directory import (
     ARMS,
     BEST,
@@ -37,7 +38,7 @@ from depthsearch.run.directory import (
 )
 from depthsearch.run.heldout import Heldout, Measured, OnHeldout, measure
 from depthsearch.run.loop import OnProgress
-from depthsearch.run.search import Finish, check_limit, resume, search
+from depthsearch.run.search import Finish, check_limit, check_run, check_unchanged, resume, search
 from depthsearch.run.session import Session, check_search, opened
 from depthsearch.run.spaces import make_space
 from depthsearch.run.standing import NOTHING, measured_entry, ranks_of, section
@@ -100,16 +101,17 @@ def _compare(
             "calibration.heldout_tokens"
         )
     sessions = [_at(session, budget) for budget in budgets_of(config)]
+    _check_runs(config, out, sessions)
     if not out.exists():
         create_directory(out, {CONFIG: resolved_yaml(config)})
     entries, failed = _run_all(config, out, sessions, on_arm, finish)
-    improved = {
-        entry["run"]: spaced(
-            improvements(read_journal(out / entry["run"] / JOURNAL)), config.compare.anytime
-        )
-        for found in entries
-        for entry in found
-    }
+    improved = {}
+    for at, found in zip(sessions, entries, strict=True):
+        journals = [read_journal(out / entry["run"] / JOURNAL) for entry in found]
+        names = baseline_names(at.space, found, journals)
+        for entry, records, name in zip(found, journals, names, strict=True):
+            entry["baseline"] = name
+            improved[entry["run"]] = spaced(improvements(records), config.compare.anytime)
     heldout = measure(
         session,
         splits[0].heldout,
@@ -167,6 +169,36 @@ def _at(session: Session, budget: BudgetConfig) -> Session:
     )
 
 
+def _check_runs(config: RunConfig, out: Path, sessions: Sequence[Session]) -> None:
+    """Refuse, before any run starts, what one of them would be refused for; raises InputError.
+
+    Runs that are there must have been on the same model and text as those to come.
+    """
+    assert config.compare is not None
+    for run in arm_runs(config.compare):
+        path = out / ARMS / run.name
+        # What waits for another's cost is checked without a limit on it.
+        chosen = arm_search(config, run, math.inf)
+        alone = replace(sessions[run.place], config=arm_config(config, run, chosen))
+        if occupied(path):
+            check_unchanged(alone, path)
+            continue
+        try:
+            check_run(alone)
+        except InputError as error:
+            raise type(error)(f"the arm '{run.title}': {_said(config, error)}") from error
+
+
+def _said(config: RunConfig, error: InputError) -> str:
+    """What an arm failed of, in terms of the setting that its limit on cost is from."""
+    assert config.compare is not None
+    limit, text = config.compare.cost_tokens, str(error)
+    if limit is None:
+        return text
+    name = f"the cost of the arm '{limit}'" if isinstance(limit, str) else "compare.cost_tokens"
+    return text.replace("search.cost_tokens", name)
+
+
 def _run_all(
     config: RunConfig,
     out: Path,
@@ -200,9 +232,10 @@ def _run_all(
             if run.arm == setter and len(sessions) == 1:
                 raise NothingFoundError(
                     f"the arm '{run.arm}', whose cost the others get, failed with seed "
-                    f"{run.seed}: {error}"
+                    f"{run.seed}: {_said(config, error)}"
                 ) from error
-            failed[run.place].append({"name": run.arm, "seed": run.seed, "error": str(error)})
+            said = {"name": run.arm, "seed": run.seed, "error": _said(config, error)}
+            failed[run.place].append(said)
             continue
         entry = _entry(run.arm, chosen, chosen.score or config.objective.kind, path)
         entries[run.place].append(entry)

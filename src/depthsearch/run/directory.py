@@ -34,9 +34,12 @@ ARMS = "arms"
 
 
 def occupied(path: Path) -> bool:
-    """Whether something is at `path`; raises StorageError where that can't be told."""
+    """Whether something is at `path`, be it a link to what is gone.
+
+    Raises StorageError where that can't be told.
+    """
     try:
-        return path.exists()
+        return path.exists() or path.is_symlink()
     except OSError as error:
         raise StorageError(f"cannot look at {path}: {error.strerror or error}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from depthsearch import __version__
-from depthsearch.calibration.text import load_documents
-from depthsearch.calibration.windows import text_windows
+from depthsearch.calibration.tasks import Task
 from depthsearch.config import RunConfig, to_yaml
 from depthsearch.export import CardData, ExportResult, Figure, export
-from depthsearch.model.anatomy import context_window, require_decoder_only
+from depthsearch.model.anatomy import context_window
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.model.patches import load_patches
 from depthsearch.model.repair import Patch
 from depthsearch.quality import (
+    ChrF,
     Perplexity,
     Size,
     Speed,
@@ -26,6 +26,7 @@ from depthsearch.quality import (
     measure_speed,
     peak_memory,
     perplexity,
+    score_written,
 )
 from depthsearch.run.directory import BEST, REPAIR, read_json, write_json
 from depthsearch.run.fits import fit_name
@@ -73,17 +74,16 @@ def export_run(
         option = f" --point {answer['point']}"
         summary_name = EXPORT if answer["own"] else f"export-{answer['point']}.json"
     # Writing a checkpoint takes the whole model anyway, in the memory of this machine.
-    model = config.model.model_copy(update={"streamed": False})
-    session = Session.open(config.model_copy(update={"model": model}))
+    whole = config.model.model_copy(update={"streamed": False})
+    session = Session.open(config.model_copy(update={"model": whole}))
     session.check_model(best, run)
     mask = Mask.from_key(best["mask"])
     splits = session.splits(config.search.seed)
     repair = best.get("repair")
     patches: tuple[Patch, ...] = ()
     if repair is not None:
-        patches = load_patches(
-            run / repair.get("file", REPAIR), session.anatomy, mask, repair["sha256"]
-        )
+        path, model = run / repair.get("file", REPAIR), session.loaded.model
+        patches = load_patches(path, model, session.anatomy, mask, repair["sha256"])
     rows: list[dict[str, Any]] = []
     latency: dict[str, Any] = {}
 
@@ -99,6 +99,7 @@ def export_run(
             measure_beside(
                 {"dense": session.loaded, "pruned": small},
                 splits.heldout,
+                task=session.heldout_task(splits),
                 repeats=repeats,
                 on_stage=on_stage,
             )
@@ -116,6 +117,7 @@ def export_run(
             )
         return card_figures(rows, latency)
 
+    reads, writes = config.calibration.languages
     data = CardData(
         origin=best["origin"],
         budget=Budget.from_json(best["budget"]),
@@ -125,7 +127,7 @@ def export_run(
         fitted_on=fit_name(session.documents, session.fit_other),
         command=f"depthsearch search config.yaml --out run && depthsearch export run model{option}",
         config=to_yaml(shareable_config(session)),
-        languages=_languages(config),
+        languages=(reads, writes) if reads and writes else None,
         starts=() if session.rows is None else session.rows.starts,
     )
     result = export(
@@ -160,63 +162,18 @@ def export_run(
     return result, summary
 
 
-def _languages(config: RunConfig) -> tuple[str, str] | None:
-    """What an encoder-decoder reads and what it writes, where its tokenizer knows languages."""
-    found = config.calibration.source_language, config.calibration.target_language
-    return None if found[0] is None or found[1] is None else (found[0], found[1])
-
-
 def finished_run(run: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The configuration and best.json of a run; raises RunDirectoryError for an unfinished one."""
+    """The configuration, in the number format that the search ran in, and best.json of a run.
+
+    Another machine may take another format for `auto`. Raises RunDirectoryError for an unfinished
+    run.
+    """
     config = run_config(run)
     best = read_json(
         run / BEST, f"it has not finished; continue it with `depthsearch resume {run}`"
     )
-    return config, best
-
-
-def evaluate_checkpoint(
-    model: str,
-    text: str,
-    *,
-    column: str | None = None,
-    split: str = "train",
-    subset: str | None = None,
-    revision: str | None = None,
-    beside: str | None = None,
-    window_tokens: int = 512,
-    tokens: int = 16384,
-    dtype: str = "auto",
-    device: str = "auto",
-    repeats: int = 5,
-    on_stage: OnStage | None = None,
-) -> dict[str, Any]:
-    """Perplexity, size and speed of a checkpoint, and of `beside` in the same run if given.
-
-    `revision` is that of `model`. All of `text` counts as evaluation text: its documents in one
-    fixed shuffled order, up to `tokens` tokens. Raises InputError.
-    """
-    documents = load_documents(text, column, split, subset)
-    names = {"model": model} if beside is None else {"dense": beside, "model": model}
-    loaded = {
-        name: load_model(path, dtype, device, revision if name == "model" else None)
-        for name, path in names.items()
-    }
-    for found in loaded.values():
-        # Before its text is looked at.
-        require_decoder_only(found.model, "depthsearch evaluate")
-    windows = text_windows(documents, loaded["model"].tokenizer, window_tokens, tokens)
-    return {
-        "version": __version__,
-        "text": documents.source,
-        "text_fingerprint": documents.fingerprint,
-        "dtype": {name: str(m.dtype).removeprefix("torch.") for name, m in loaded.items()},
-        "models": {
-            name: {"source": m.source, "revision": m.revision, "fingerprint": m.fingerprint}
-            for name, m in loaded.items()
-        },
-        "rows": measure_beside(loaded, windows, repeats=repeats, on_stage=on_stage),
-    }
+    model = config.model.model_copy(update={"dtype": best["signature"]["dtype"]})
+    return config.model_copy(update={"model": model}), best
 
 
 def check_tokens(windows: Tensor, model: Any) -> Tensor:
@@ -232,13 +189,15 @@ def measure_beside(
     models: Mapping[str, LoadedModel],
     windows: Tensor,
     *,
+    task: Task | None = None,
     repeats: int = 5,
     on_stage: OnStage | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a model: perplexity on `windows` `[n, window]`, size, speed in turns, peak memory."""
+    """One row a model: perplexity on `windows` `[n, window]`, size, speed in turns, peak memory.
+
+    With a `task` also chrF++ of what the models write for it.
+    """
     stage = on_stage or (lambda *_: None)
-    for loaded in models.values():
-        require_decoder_only(loaded.model, "measuring perplexity and speed")
     texts: dict[str, Perplexity] = {}
     for name, loaded in models.items():
         texts[name] = perplexity(
@@ -247,6 +206,13 @@ def measure_beside(
             on_progress=lambda done, total, name=name: stage(  # type: ignore[misc]
                 f"perplexity, {name}", done, total
             ),
+        )
+    written: dict[str, ChrF] = {}
+    if task is not None:
+        written = score_written(
+            {name: loaded.model for name, loaded in models.items()},
+            task,
+            on_progress=lambda name, done, total: stage(f"chrF++, {name}", done, total),
         )
     prompt = _prompt_tokens(models.values())
     speeds = measure_speed(
@@ -266,7 +232,10 @@ def measure_beside(
             peak = peak_memory(
                 loaded.folder, prompt, _NEW_TOKENS, dtype=dtype, device=loaded.devices
             ).peak_bytes
-        rows.append(_row(name, texts[name], size, speeds[name], peak))
+        row = _row(name, texts[name], size, speeds[name], peak)
+        if name in written:
+            row |= {"chrf": written[name].score, "chrf_protocol": written[name].protocol}
+        rows.append(row)
         stage("memory", place + 1, len(models))
     return rows
 
@@ -302,6 +271,7 @@ def _row(
 
 MEASURES = (
     ("held-out perplexity", "perplexity"),
+    ("chrF++ of texts written", "chrf"),
     ("parameters", "parameters"),
     ("weights on disk, bytes", "disk_bytes"),
     ("KV cache, bytes per token", "kv_bytes_per_token"),
@@ -309,7 +279,12 @@ MEASURES = (
     ("decode, tokens/s", "decode_tokens_per_s"),
     ("peak memory, bytes", "peak_memory_bytes"),
 )
-"""What people want to see of a row, in order: a phrase and its key."""
+"""What people want to see of a row, in order: a phrase and its key, which a row may lack."""
+
+
+def measures(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Those of `MEASURES` that all rows have, measured or not."""
+    return [(phrase, key) for phrase, key in MEASURES if all(key in row for row in rows)]
 
 
 def card_figures(
@@ -317,11 +292,12 @@ def card_figures(
 ) -> tuple[Figure, ...]:
     """The rows of a dense and a pruned model as the table of a model card, `latency` with them."""
     dense, pruned = rows
-    figures = [Figure(phrase, dense[key], pruned[key]) for phrase, key in MEASURES]
+    figures = [Figure(phrase, dense[key], pruned[key]) for phrase, key in measures(rows)]
     if latency:
         step = f"decoding step behind {latency['table']['context_tokens']:,} tokens, ms"
         for how in ("predicted", "measured"):
             times = latency[f"{how}_ms"]
             figures.append(Figure(f"{step}, {how}", times["dense"], times["pruned"]))
-    protocol = f"{pruned['perplexity_protocol']}; {pruned['speed_protocol']}"
+    keys = ("perplexity_protocol", "chrf_protocol", "speed_protocol")
+    protocol = "; ".join(pruned[key] for key in keys if key in pruned)
     return (*figures, Figure("protocol", protocol, "the same run"))

@@ -91,10 +91,8 @@ def _patches(run: Measured) -> Iterator[tuple[str, tuple[Patch, ...]]]:
     """The weights that each mask of a run is repaired with; those of its answer are on disk."""
     assert run.repair is not None
     session, answer = run.session, Mask.from_key(run.answer)
-    yield (
-        run.answer,
-        load_patches(run.run / REPAIR, session.anatomy, answer, run.repair["sha256"]),
-    )
+    model, digest = session.loaded.model, run.repair["sha256"]
+    yield run.answer, load_patches(run.run / REPAIR, model, session.anatomy, answer, digest)
     others = [mask for mask in run.masks if mask != run.answer]
     if not others:
         return

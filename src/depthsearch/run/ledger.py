@@ -90,7 +90,7 @@ class Ledger:
                 f"{self._journal.path} was written by depthsearch {old['version']}, this is "
                 f"{new['version']}: resume it with that version, or start a new run"
             )
-        differs = _difference(old, json.loads(json.dumps(new)))
+        differs = difference(old, json.loads(json.dumps(new)))
         return JournalError(
             f"{self._journal.path}, record {self._place}: repeating the search gives another "
             f"'{new.get('op')}' record than the journal's '{old.get('op')}' (they differ in "
@@ -99,13 +99,13 @@ class Ledger:
         )
 
 
-def _difference(old: Any, new: Any, path: str = "") -> str:
+def difference(old: Any, new: Any, path: str = "") -> str:
     """Where two unequal records part, such as "'signature.threads', 2 before and 1 now"."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys([*new, *old]):
             if old.get(key) != new.get(key):
                 below = f"{path}.{key}" if path else str(key)
-                return _difference(old.get(key), new.get(key), below)
+                return difference(old.get(key), new.get(key), below)
     if isinstance(old, list | Mapping) or isinstance(new, list | Mapping):
         return f"'{path}'"
     return f"'{path}', {old} before and {new} now"

@@ -45,7 +45,8 @@ class Plan:
 
     `cost_tokens` bounds everything: hints, search and finals. After `patience` masks on budget in a
     row that were no better than what was known the search ends. `ask` bounds the masks of one ask.
-    So many of the best `baselines` are among the finalists, whatever their rank.
+    So many of the best `baselines` are among the finalists, whatever their rank. `texts` are the
+    settings of how much text it takes, those that cost most first.
     """
 
     method: str
@@ -58,6 +59,7 @@ class Plan:
     racing: Racing | Literal[False] = field(default_factory=Racing)
     ask: int | None = None
     baselines: int = 1
+    texts: tuple[str, ...] = ("calibration.select_tokens", "calibration.finals_tokens")
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,7 @@ class SearchLoop:
                 raise NothingFoundError(
                     f"search.cost_tokens is {self._plan.cost_tokens:,.0f}, which leaves nothing "
                     "for a first mask beside the final ranking: raise it, or lower "
-                    "calibration.finals_tokens or finals_fit_tokens"
+                    f"{' or '.join(self._plan.texts)}"
                 )
             raise NothingFoundError(
                 f"none of {len(self._known)} evaluated masks met the budget and had a finite loss; "
@@ -459,5 +461,5 @@ def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend)
         raise ConfigError(
             f"search.cost_tokens is {plan.cost_tokens:,.0f}, too little for one pass of the dense "
             f"model, a mask and the final ranking: give at least {least:,.0f}, or lower "
-            "calibration.select_tokens and calibration.finals_tokens"
+            f"{' and '.join(plan.texts)}"
         )

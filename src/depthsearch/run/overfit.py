@@ -8,6 +8,7 @@ document.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from depthsearch import __version__
 from depthsearch.calibration.text import load_documents
-from depthsearch.calibration.windows import text_windows
+from depthsearch.calibration.windows import Splits, text_windows
 from depthsearch.errors import DataError, InputError, UnsupportedModelError
 from depthsearch.evaluation import InProcess, Refitted
 from depthsearch.evaluation.fitting import HELD_BACK
@@ -30,7 +31,7 @@ from depthsearch.run.session import Session
 from depthsearch.space import Mask
 
 SIZES = (1024, 4096, 16384, 65536)
-"""The sizes of fit text that are tried, in tokens."""
+"""The usual sizes of fit text, in tokens."""
 
 FIT, HELDOUT, OTHER = "fit", "heldout", "other"
 
@@ -81,7 +82,8 @@ def overfit(
     """Repair the best mask of a finished run on each of `sizes` tokens, and judge it.
 
     It is judged on the fit text, on held-out text of the same source and, where given, on `other`
-    text (as much of it, without documents of the run's own texts). `kind` is how it is repaired;
+    text (as much of it, without documents of the run's own texts). The usual sizes are raised to
+    the least that a fit takes, and end where the text does. `kind` is how it is repaired;
     left out, as the run repairs its result, or `gap`. Returns plain data, also written to
     overfit.json in the run directory for its report. Raises RunDirectoryError for an unfinished
     run, DataError for too little text or a wrong size, UnsupportedModelError for streamed weights.
@@ -100,8 +102,10 @@ def overfit(
     session.check_model(best, run)
     mask = Mask.from_key(best["mask"])
     window = config.calibration.window_tokens
-    sizes = _checked(sizes, window)
-    splits = session.splits(config.search.seed, sizes[-1])
+    usual = tuple(sizes) == SIZES
+    sizes = _checked(sizes, window, usual)
+    splits = _splits(session, sizes, usual)
+    sizes = [size for size in sizes if size // window <= len(splits.fit)]
     texts = {HELDOUT: splits.heldout}
     if documents is not None:
         fitted = session.fit_other
@@ -193,15 +197,25 @@ def _rows(
     stage("repairing", len(sizes), len(sizes))
 
 
-def _checked(sizes: Sequence[int], window: int) -> tuple[int, ...]:
+def _checked(sizes: Sequence[int], window: int, usual: bool) -> list[int]:
     least = HELD_BACK * window
-    usable = sorted({size for size in sizes if size >= least})
-    if not usable:
+    if usual:
+        return sorted({max(size, least) for size in sizes})
+    if min(sizes) < least:
         raise DataError(
-            f"the fit sizes {', '.join(map(str, sizes))} are all below {least}: a fit needs "
-            f"{HELD_BACK} windows of {window} tokens"
+            f"--fit holds {min(sizes)}: a fit takes {least} tokens or more, {HELD_BACK} windows of "
+            f"{window}"
         )
-    return tuple(usable)
+    return sorted(set(sizes))
+
+
+def _splits(session: Session, sizes: Sequence[int], usual: bool) -> Splits:
+    """Those with the largest of `sizes`; of the usual ones, the largest that the text holds."""
+    seed = session.config.search.seed
+    for size in reversed(sizes[1:] if usual else ()):
+        with suppress(DataError):
+            return session.splits(seed, size)
+    return session.splits(seed, sizes[0] if usual else sizes[-1])
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:

@@ -24,6 +24,9 @@ def searcher_options(search: SearchConfig) -> dict[str, Any]:
     if search.method in ("evolution", "surrogate") and search.repair != "none":
         # Repaired gaps nearly add up, so what they add up to is the best start there is.
         defaults["longest_gap"] = _LONGEST_GAP
+    if search.method == "optuna" and search.batch is not None:
+        # A searcher is asked for so many at most, and this one's own batches may be smaller.
+        defaults["batch"] = search.batch
     return defaults | search.options
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -13,8 +14,8 @@ from depthsearch.calibration.windows import Splits
 from depthsearch.config import RunConfig, SearchConfig, load_config, resolved_yaml
 from depthsearch.errors import ConfigError, RunDirectoryError, StorageError
 from depthsearch.evaluation import Backend
-from depthsearch.journal import Journal
-from depthsearch.model.patches import save_patches
+from depthsearch.journal import Journal, read_journal
+from depthsearch.model.patches import file_digest, save_patches
 from depthsearch.run.directory import (
     BEST,
     CONFIG,
@@ -24,16 +25,17 @@ from depthsearch.run.directory import (
     WORKERS,
     create_directory,
     occupied,
+    read_json,
     write_json,
 )
 from depthsearch.run.fits import text_name
 from depthsearch.run.front import front_grid, front_json
-from depthsearch.run.ledger import Ledger
+from depthsearch.run.ledger import Ledger, difference
 from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, check_cost
 from depthsearch.run.session import Session, best_json, opened
 from depthsearch.run.sharing import search_identity
 from depthsearch.run.tracking import Tracker, open_tracker, tracked
-from depthsearch.searchers import check_storage, needs_limit
+from depthsearch.searchers import check_space, check_storage, needs_limit
 from depthsearch.space import Mask
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def search(
     check_limit(config.search)
     tracker = tracker or open_tracker(config.tracking, out)
     with opened(config, session) as session:
-        _check(session)
+        check_run(session)
         create_directory(out, {CONFIG: resolved_yaml(config), JOURNAL: ""})
         return _continue(session, out, on_progress, finish, tracker)
 
@@ -81,15 +83,37 @@ def check_limit(search: SearchConfig, arm: str | None = None) -> None:
     )
 
 
-def _check(session: Session) -> None:
+def check_run(session: Session) -> None:
     """Refuse what would only fail later, before anything is created; raises InputError."""
     search = session.config.search
+    check_space(search.method, search.options, session.space)
     splits = session.splits(search.seed)
     select, finals = session.backends(splits, search.seed)
     check_cost(session.plan(), session.space, select, finals)
     signature = session.signature(splits, search.seed)
     identity = search_identity(_start(session, signature))
     check_storage(search.method, search.options, session.space, identity)
+
+
+def check_unchanged(session: Session, out: Path) -> None:
+    """Refuse a run of another model, text or library than the session's; raises RunDirectoryError.
+
+    Compared is what a resume compares but for the configuration, which is the caller's to know.
+    """
+    records = read_journal(out / JOURNAL)
+    if not records:
+        return
+    seed = session.config.search.seed
+    now = _start(session, session.signature(session.splits(seed), seed))
+    del now["config"]
+    before = {key: records[0].get(key) for key in now}
+    now = json.loads(json.dumps(now))
+    if before != now:
+        raise RunDirectoryError(
+            f"{out} was searched on something else (it differs in {difference(before, now)}), so "
+            "nothing can be compared with it: restore the model, the text and the libraries, or "
+            "choose another --out"
+        )
 
 
 def resume(
@@ -147,12 +171,31 @@ def _continue(
         outcome = loop.run(_start(session, signature))
         if finish is not None:
             finish(out)
+        best = best_json(session, outcome, seed, signature)
+        if _whole(out, best, bool(outcome.front)):
+            return outcome
         repair = _repair(session, out / REPAIR, outcome.best, splits, finals)
-        best = best_json(session, outcome, seed, signature) | {"repair": repair}
+        best |= {"repair": repair}
         if outcome.front:
             write_json(out / FRONT, _front(session, out, outcome, best, splits, finals))
         write_json(out / BEST, best)
     return outcome
+
+
+def _whole(out: Path, best: Mapping[str, Any], front: bool) -> bool:
+    """Whether `out` holds this result already, with the weights that it was repaired with."""
+    with suppress(RunDirectoryError, StorageError, OSError, KeyError):
+        there = read_json(out / BEST, "")
+        repairs = [there.pop("repair")]
+        # By way of JSON, which knows no tuples.
+        if there != json.loads(json.dumps(best)):
+            return False
+        if front:
+            points = read_json(out / FRONT, "")["points"]
+            repairs += [point.get("repair") for point in points]
+        kept = [repair for repair in repairs if repair is not None]
+        return all(file_digest(out / r.get("file", REPAIR)) == r["sha256"] for r in kept)
+    return False
 
 
 def _front(

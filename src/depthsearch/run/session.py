@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from depthsearch import __version__
+from depthsearch.calibration.chrf import has_sacrebleu
 from depthsearch.calibration.objectives import OBJECTIVES, KLDivergence, Objective
 from depthsearch.calibration.pair_rows import PairRows
 from depthsearch.calibration.parallel import Pair
@@ -21,8 +22,9 @@ from depthsearch.calibration.tasks import Task
 from depthsearch.calibration.text import Documents
 from depthsearch.calibration.windows import Other, Splits, check_windows, make_splits
 from depthsearch.config import RunConfig, SearchConfig
-from depthsearch.errors import RunDirectoryError
+from depthsearch.errors import ConfigError, RunDirectoryError
 from depthsearch.evaluation import Backend, InProcess, Racing, Refitted, Streamed, Written
+from depthsearch.evaluation.fitting import HELD_BACK
 from depthsearch.evaluation.refitted import repairing
 from depthsearch.evaluation.turns import Repair
 from depthsearch.model.anatomy import Anatomy, context_window, describe
@@ -100,7 +102,10 @@ class Session:
         documents, pairs = tasks.prompted(text, config.calibration, loaded.tokenizer)
         if latency is not None:
             latency.check(loaded)
-        rows = tasks.make_rows(config, loaded.model, loaded.tokenizer, pairs)
+        if loaded.model.config.is_encoder_decoder:
+            tasks.check_two_stacks(config)
+        languages = config.calibration.languages
+        rows = tasks.make_rows(loaded.model, loaded.tokenizer, pairs, languages)
         anatomy = describe(loaded.model)
         space = with_front(make_space(config.space, loaded.model, anatomy, latency), config.front)
         check = self_check(loaded.model, anatomy) if streamed is None else streamed.check()
@@ -124,7 +129,10 @@ class Session:
         `fit_tokens` of text for repairs instead of as much as the run takes; the others stay.
         Raises DataError for too little text, and for text that the model can't take.
         """
-        calibration = self.config.calibration
+        calibration, fits = self.config.calibration, self._fits
+        if fit_tokens is not None:
+            fits = {"--fit": fit_tokens}
+        fit_key = max(fits, key=fits.__getitem__, default="fit_tokens")
         splits = make_splits(
             self.documents,
             self.loaded.tokenizer,
@@ -134,9 +142,10 @@ class Session:
             calibration.heldout_tokens,
             calibration.heldout_fraction,
             seed,
-            self._fit_tokens if fit_tokens is None else fit_tokens,
+            fits.get(fit_key, 0),
             self.fit_other,
             self.rows,
+            fit_key,
         )
         self.check_text(splits.select, splits.finals, splits.heldout, splits.fit)
         return splits
@@ -164,14 +173,14 @@ class Session:
         self.workers.close()
 
     @property
-    def _fit_tokens(self) -> int:
-        """How much text repairs take, 0 where nothing is repaired."""
+    def _fits(self) -> Mapping[str, int]:
+        """How much text repairs take, by setting, nothing where nothing is repaired."""
         search, calibration = self.config.search, self.config.calibration
-        wanted = (
-            (search.repair, calibration.fit_tokens),
-            (search.finished, calibration.finals_fit_tokens),
-        )
-        return max(tokens if repair != "none" else 0 for repair, tokens in wanted)
+        wanted = {
+            "fit_tokens": (search.repair, calibration.fit_tokens),
+            "finals_fit_tokens": (search.finished, calibration.finals_fit_tokens),
+        }
+        return {key: tokens for key, (repair, tokens) in wanted.items() if repair != "none"}
 
     def backends(self, splits: Splits, seed: int) -> tuple[Backend, Backend]:
         """What judges masks in the search, and what judges its finalists."""
@@ -233,10 +242,34 @@ class Session:
             return SpreadStreamed(cluster.dispatcher, here, text.name)
         return RayBackend(cluster, here, text)
 
+    def heldout_task(self, splits: Splits) -> Task | None:
+        """What is to be written for held-out text, None where it would not be scored.
+
+        That is by runs that judge what masks write, and with encoder-decoders where sacrebleu is
+        installed. Raises DataError where a prompt does not fit.
+        """
+        kinds = (self.config.score, self.config.objective.kind)
+        usual = self.rows is not None and has_sacrebleu()
+        if not usual and not any(map(tasks.scores_text, kinds)):
+            return None
+        text = splits.heldout, splits.heldout_texts
+        return tasks.make_task(self.config, self.loaded, self.pairs, *text, self.rows)
+
     def _fit_windows(self, splits: Splits, *, final: bool) -> torch.Tensor:
-        calibration = self.config.calibration
-        tokens = calibration.finals_fit_tokens if final else calibration.fit_tokens
-        return splits.fit[: tokens // calibration.window_tokens]
+        key, window = "finals_fit_tokens" if final else "fit_tokens", splits.window_tokens
+        tokens = self._fits.get(key, 0)
+        if key in self._fits and tokens < HELD_BACK * window:
+            raise ConfigError(
+                f"calibration.{key} is {tokens}, but a repair is fitted on {HELD_BACK} windows of "
+                f"{window} tokens at least: raise it to {HELD_BACK * window} or more"
+            )
+        other, count = self.fit_other, tokens // window
+        if count and other is not None and not any(other.places(count)):
+            raise ConfigError(
+                f"calibration.fit_share is {other.share:g}, which of the {count} windows of {key} "
+                "is none: raise it, or leave fit_text out"
+            )
+        return splits.fit[:count]
 
     def tell_workers_to(self, on_state: Callable[[dict[str, Any]], None]) -> None:
         """Have the state of the workers told from now on, if there are any."""
@@ -304,6 +337,12 @@ class Session:
         return f"{tokens} tokens read and {tokens} written at most"
 
     @property
+    def _arms_fit(self) -> bool:
+        """Whether an arm of a comparison repairs."""
+        arms = self.config.compare.arms.values() if self.config.compare is not None else ()
+        return any({arm.repair, arm.finished} != {"none"} for arm in arms)
+
+    @property
     def _one_loss(self) -> bool:
         return self.config.score == self.config.objective.kind
 
@@ -323,6 +362,7 @@ class Session:
             ask=search.batch,
             # The lowest by the score needn't be lowest by the objective, so several are ranked.
             baselines=1 if self._one_loss else max(1, min(4, finalists // 2)),
+            texts=(*(f"calibration.{key}" for key in [*self._fits][::-1]), *Plan.texts),
         )
 
     @cached_property
@@ -359,7 +399,7 @@ class Session:
                 "source": self.documents_name,
                 "documents": self.documents.fingerprint,
                 "windows": splits.fingerprint,
-                **fit_data(self.fit_other),
+                **(fit_data(self.fit_other) if len(splits.fit) or self._arms_fit else {}),
             },
             "heldout_protocol": (
                 f"KL and cross-entropy on every position of {len(splits.heldout)} windows of "

@@ -13,10 +13,10 @@ from depthsearch.run.statistics import (
     bootstrap_interval,
     paired_difference,
     rank_correlation,
+    shown_among,
     standings,
 )
-from depthsearch.run.verdict import verdict, warnings_of
-from depthsearch.searchers import is_baseline
+from depthsearch.run.verdict import ONE_PASS, verdict, warnings_of
 
 Entries = Sequence[Mapping[str, Any]]
 
@@ -75,7 +75,8 @@ def section(
     by_arm = {arm: found for arm, found in groups.items() if found}
     tables = {arm: _losses(found) for arm, found in by_arm.items()}
     summary = [_row(arm, found, tables[arm], rng) for arm, found in by_arm.items()]
-    pairs = _pairs(tables, rng)
+    pairs = pairs_of(tables, rng)
+    add_among(pairs, tables, {arm: found[0]["method"] for arm, found in by_arm.items()})
     # What came later draws from a generator of its own: the figures above stay as they were.
     rng = np.random.default_rng(1)
     for row, found in zip(summary, by_arm.values(), strict=True):
@@ -141,7 +142,7 @@ def _row(arm: str, found: Entries, table: np.ndarray, rng: np.random.Generator) 
         "heldout_kl_high": interval.high,
         "heldout_ce_mean": _mean([e["heldout_ce"] for e in found]),
         "cut_kl_mean": _mean([e["cut_kl"] for e in found]),
-        "baselines": [e["origin"] for e in found if is_baseline(e["origin"])],
+        "baselines": [e["baseline"] for e in found if e["baseline"] is not None],
         "repaired": any(e["repair"] is not None for e in found),
         "select_loss_mean": _mean([e["select_loss"] for e in found]),
         "cost_tokens_mean": _mean([e["cost_tokens"] for e in found]),
@@ -150,7 +151,8 @@ def _row(arm: str, found: Entries, table: np.ndarray, rng: np.random.Generator) 
     }
 
 
-def _pairs(tables: Mapping[str, np.ndarray], rng: np.random.Generator) -> list[dict[str, Any]]:
+def pairs_of(tables: Mapping[str, np.ndarray], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """The paired difference of every two arms, each at 95 % on its own."""
     arms, pairs = list(tables), []
     for place, a in enumerate(arms):
         for b in arms[place + 1 :]:
@@ -167,6 +169,30 @@ def _pairs(tables: Mapping[str, np.ndarray], rng: np.random.Generator) -> list[d
                 }
             )
     return pairs
+
+
+def add_among(
+    pairs: Sequence[dict[str, Any]], tables: Mapping[str, np.ndarray], methods: Mapping[str, str]
+) -> None:
+    """Add to each pair `among` how many comparisons its difference is shown, 0 where it is not.
+
+    That is 1, the number of pairs of a search and a method without one, or that of all pairs: what
+    the verdict picks from (see `shown_among`).
+    """
+    rng = np.random.default_rng(3)
+    mixed = [_is_mixed(pair, methods) for pair in pairs]
+    for pair, counts in zip(pairs, mixed, strict=True):
+        side = int(pair["low"] > 0) - int(pair["high"] < 0)
+        pair["among"] = abs(side)
+        for comparisons in sorted({sum(mixed) if counts else 1, len(pairs)} - {1}):
+            a, b = tables[pair["a"]], tables[pair["b"]]
+            if pair["among"] and shown_among(a, b, side, comparisons, rng):
+                pair["among"] = comparisons
+
+
+def _is_mixed(pair: Mapping[str, Any], methods: Mapping[str, str]) -> bool:
+    """Whether it is of a search and a method without one."""
+    return len({methods[pair[side]] in ONE_PASS for side in ("a", "b")}) == 2
 
 
 def _gap(found: Entries, heldout: Heldout, rng: np.random.Generator) -> dict[str, float | None]:

@@ -102,6 +102,18 @@ def paired_difference(
     return bootstrap_interval(first - second, rng, level, resamples)
 
 
+def shown_among(
+    a: Losses, b: Losses, side: int, comparisons: int, rng: np.random.Generator
+) -> bool:
+    """Whether a difference on this `side` of zero is shown at 95 % for all `comparisons` together.
+
+    Each has its equal share of the error (Bonferroni), as it takes where this one was picked from
+    them by its figures. Resamples grow with it: some five lie beyond each end.
+    """
+    level, resamples = 1 - 0.05 / comparisons, max(2000, 200 * comparisons)
+    return paired_difference(a, b, rng, level, resamples).side == side
+
+
 @dataclass(frozen=True)
 class Standing:
     """The mean rank of an arm, 1 for the best, and the share of resamples in which it is first.

@@ -76,25 +76,26 @@ def check_two_stacks(config: RunConfig) -> None:
 
 
 def make_rows(
-    config: RunConfig, model: Any, tokenizer: Any, pairs: Mapping[str, Pair]
+    model: Any,
+    tokenizer: Any,
+    pairs: Mapping[str, Pair],
+    languages: tuple[str | None, str | None],
 ) -> PairRows | None:
     """What makes rows of the sources and targets of an encoder-decoder, None for other models.
 
-    Raises ConfigError for languages that the tokenizer does not take, DataError for a model without
-    a padding token.
+    `languages` are those of both sides. Raises ConfigError for languages that the tokenizer does
+    not take, DataError for a model without a padding token.
     """
-    calibration = config.calibration
     if not model.config.is_encoder_decoder:
-        if calibration.source_language is not None or calibration.target_language is not None:
+        if languages != (None, None):
             raise ConfigError(
-                "calibration.source_language and target_language are for the tokenizers of "
-                "encoder-decoders: say in calibration.prompt what this model is to do"
+                "calibration.source_language and calibration.target_language are for the "
+                "tokenizers of encoder-decoders: say in calibration.prompt what this model is to do"
             )
         return None
-    check_two_stacks(config)
     # The model's own stays as it is: an export writes it.
     tokenizer = copy.deepcopy(tokenizer)
-    set_languages(tokenizer, calibration.source_language, calibration.target_language)
+    set_languages(tokenizer, *languages)
     pad_token(model, tokenizer)
     return PairRows(pairs, model, tokenizer)
 

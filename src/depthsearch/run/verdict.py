@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ class Outcome:
 
     `kind` is "pays" where the best search is better than the best one-pass arm, "enough" where the
     interval rules out a gain over that one that matters (`SLIGHT`), "open" where it does not, and
-    "no rival" where searches or one-pass arms are missing. Which ones are best is by their means.
+    "no rival" where searches or one-pass arms are missing. Which ones are best is by their means,
+    so "better" is meant among all pairs of a search and a one-pass arm.
     `difference` is that of the best one-pass arm minus the best search in nats, with its interval
     where it is known. `baselines` are the answers of the search, in words, that it did not find but
     started from.
@@ -66,7 +68,7 @@ def outcome(summary: Rows, pairs: Rows) -> Outcome:
         return Outcome("no rival")
     search, best = str(searches[0]["arm"]), str(simple[0]["arm"])
     gain = _gain(best, search, pairs)
-    if _worse(best, search, pairs):
+    if _worse(best, search, pairs, among=len(simple) * len(searches)):
         baselines = tuple(searches[0].get("baselines", ()))
         seeds = int(searches[0].get("seeds", 0))
         return Outcome("pays", search, best, *gain, baselines=baselines, seeds=seeds)
@@ -78,16 +80,36 @@ def verdict(summary: Rows, pairs: Rows, warnings: Sequence[str] = ()) -> str:
     """Which arm is lowest, what it beats, whether search paid and by how much, and warnings."""
     ranked = sorted(summary, key=lambda row: float(row["heldout_kl_mean"]))
     best = ranked[0]
+    leaders = _sharing(ranked, "heldout_kl_mean")
+    several = len(leaders) > 1
     said = [
-        f"{best['arm']} has the lowest held-out KL, {best['heldout_kl_mean']:.4f} "
+        f"{_listed(leaders)} {'share' if several else 'has'} the lowest held-out KL, "
+        f"{best['heldout_kl_mean']:.4f} "
         f"[{best['heldout_kl_low']:.4f}, {best['heldout_kl_high']:.4f}]."
     ]
     if len(ranked) > 1:
-        others = [str(row["arm"]) for row in ranked[1:]]
-        beaten = [arm for arm in others if _worse(arm, str(best["arm"]), pairs)]
-        tied = [arm for arm in others if arm not in beaten]
+        others = [str(row["arm"]) for row in ranked if row["arm"] not in leaders]
+        behind = [arm for arm in others if all(_worse(arm, lead, pairs) for lead in leaders)]
+        # Who leads was picked by the figures, so it must be shown among all pairs of arms.
+        beaten = [
+            arm
+            for arm in behind
+            if all(_worse(arm, lead, pairs, among=len(pairs)) for lead in leaders)
+        ]
+        alone = [arm for arm in behind if arm not in beaten]
+        tied = [arm for arm in others if arm not in behind]
         if beaten:
-            said.append(f"It is better than {_listed(beaten)} (95 % interval excludes zero).")
+            sure = "95 % interval excludes zero"
+            if len(pairs) > 1:
+                sure = f"at 95 % for all {len(pairs)} pairs of arms together"
+            said.append(
+                f"{'They are' if several else 'It is'} better than {_listed(beaten)} ({sure})."
+            )
+        if alone:
+            said.append(
+                f"The lead on {_listed(alone)} is shown at 95 % only where that pair is looked at "
+                "alone."
+            )
         if tied:
             said.append(f"No difference to {_listed(tied)} is shown.")
         said += _helped(outcome(summary, pairs), float(best["heldout_kl_mean"]))
@@ -160,13 +182,26 @@ def overall(sections: Rows, ranks: Rows) -> str:
     }
     said = [f"{words[kind]} {'; '.join(groups[kind])}." for kind in words if kind in groups]
     if len(ranks) > 1:
-        first = ranks[0]
-        said.append(
-            f"{first['arm']} has the best mean rank over budgets and seeds, "
-            f"{first['rank_mean']:.2f} [{first['rank_low']:.2f}, {first['rank_high']:.2f}] of "
-            f"{len(ranks)}, and is first in {100 * first['first_share']:.0f} % of resamples."
-        )
+        said.append(_first(ranks))
     return " ".join(said)
+
+
+def _first(ranks: Rows) -> str:
+    """Which arm has the best mean rank, or which share it."""
+    first, names = ranks[0], _sharing(ranks, "rank_mean")
+    rank = f"the best mean rank over budgets and seeds, {first['rank_mean']:.2f}"
+    if len(names) > 1:
+        return f"{_listed(names)} share {rank} of {len(ranks)}."
+    return (
+        f"{names[0]} has {rank} [{first['rank_low']:.2f}, {first['rank_high']:.2f}] of "
+        f"{len(ranks)}, and is first in {100 * first['first_share']:.0f} % of resamples."
+    )
+
+
+def _sharing(rows: Rows, key: str) -> list[str]:
+    """The arms with the figure of the first row, but for rounding."""
+    lowest = float(rows[0][key])
+    return [str(row["arm"]) for row in rows if math.isclose(row[key], lowest, rel_tol=1e-12)]
 
 
 def warnings_of(
@@ -224,9 +259,12 @@ def _gain(over: str, by: str, pairs: Rows) -> tuple[float | None, float | None, 
     return None, None, None
 
 
-def _worse(arm: str, than: str, pairs: Rows) -> bool:
+def _worse(arm: str, than: str, pairs: Rows, among: int = 1) -> bool:
+    """Whether an arm is shown to be worse than another, among so many comparisons."""
     return any(
-        {pair["a"], pair["b"]} == {arm, than} and pair["verdict"] == f"{than} is better"
+        {pair["a"], pair["b"]} == {arm, than}
+        and pair["verdict"] == f"{than} is better"
+        and pair["among"] >= among
         for pair in pairs
     )
 

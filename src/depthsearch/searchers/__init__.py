@@ -14,7 +14,12 @@ from depthsearch.searchers.baselines import cheap_baselines, is_baseline
 from depthsearch.searchers.beam import BeamOptions, beam_plan
 from depthsearch.searchers.evolution import EvolutionOptions, evolution_plan
 from depthsearch.searchers.evopress import EvoPressOptions, evopress_plan
-from depthsearch.searchers.exact import ExhaustiveOptions, exhaustive_plan, listed
+from depthsearch.searchers.exact import (
+    ExhaustiveOptions,
+    every_mask,
+    exhaustive_plan,
+    listed,
+)
 from depthsearch.searchers.fixed import FixedOptions, fixed_plan
 from depthsearch.searchers.front import FrontOptions, front_plan
 from depthsearch.searchers.greedy import GreedyOptions, greedy_plan
@@ -66,6 +71,12 @@ def build_searcher(
 def check_options(method: str, options: Options) -> None:
     """Refuse what `build_searcher` would, before anything slow starts; raises ConfigError."""
     parse_options(_method(method).options, method, options)
+
+
+def check_space(method: str, options: Options, space: SearchSpace) -> None:
+    """Refuse a space that is too large for its method; raises ConfigError."""
+    if method == "exhaustive":
+        every_mask(space, parse_options(ExhaustiveOptions, method, options))
 
 
 def needs_sensitivity(method: str) -> bool:
@@ -146,7 +157,6 @@ _METHODS: Mapping[str, Method] = {
     "front": Method(FrontOptions, front_plan, endless=True),
     "evopress": Method(EvoPressOptions, lambda space, _, rng, o: evopress_plan(space, rng, o)),
     "mcts": Method(MctsOptions, MctsSearcher, endless=True),
-    # Listed at once, so that a space which is too large is refused before anything is evaluated.
     "exhaustive": Method(
         ExhaustiveOptions, lambda space, hints, _, o: exhaustive_plan(listed(space, hints, o), o)
     ),
@@ -187,6 +197,7 @@ __all__ = [
     "build_searcher",
     "cheap_baselines",
     "check_options",
+    "check_space",
     "check_storage",
     "is_baseline",
     "needs_limit",

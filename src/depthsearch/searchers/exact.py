@@ -40,6 +40,12 @@ def listed(space: SearchSpace, hints: Hints, options: ExhaustiveOptions) -> tupl
     The influence of a mask is that of its gaps (ShortGPT, eq. 3, across each gap), summed. Raises
     ConfigError for a space of more than `most` masks.
     """
+    masks = every_mask(space, options)
+    return tuple(sorted(masks, key=lambda mask: (_influence(mask, hints), mask.key)))
+
+
+def every_mask(space: SearchSpace, options: ExhaustiveOptions) -> tuple[Mask, ...]:
+    """Every mask on budget; raises ConfigError for a space of more than `most` masks."""
     masks = space.enumerate(options.most)
     if masks is None:
         raise ConfigError(
@@ -47,7 +53,7 @@ def listed(space: SearchSpace, hints: Hints, options: ExhaustiveOptions) -> tupl
             f"the 2^{len(space.genes)} ways to drop its parts are on budget, or listing them takes "
             "too long; raise the option 'most', protect more sites, or take another method"
         )
-    return tuple(sorted(masks, key=lambda mask: (_influence(mask, hints), mask.key)))
+    return masks
 
 
 def exhaustive_plan(masks: Sequence[Mask], options: ExhaustiveOptions) -> Plan:

@@ -32,6 +32,9 @@ def parse_options(kind: type[T], method: str, options: Mapping[str, object]) -> 
                 f"unknown option '{name}' of the method '{method}'{suggestion(name, names)} "
                 f"(its options: {allowed})"
             )
+        if isinstance(value, float) and value.is_integer() and not _fits(value, hints[name]):
+            # `1e2` stands for a whole number, as in the other settings.
+            value = int(value)
         if not _fits(value, hints[name]):
             raise ConfigError(
                 f"option '{name}' of the method '{method}' takes {_text(hints[name])}: "

@@ -123,7 +123,7 @@ class OptunaSearcher:
         return self._waiting
 
     def ask(self, n: int | None = None) -> Batch:
-        """All baselines first, then `batch` masks at a time, or at most `n`.
+        """All baselines first, then `batch` masks at a time, but at most `n`.
 
         With a front only baselines race, each against masks of its budget: the study weighs all
         others in loss and costs.
@@ -140,7 +140,8 @@ class OptunaSearcher:
                 found = [self._enqueued(seed.mask, seed.origin) for seed in seeds]
             else:
                 self._end_seeding()
-                found = self._sampled(self._options.batch if n is None else n)
+                batch = self._options.batch
+                found = self._sampled(batch if n is None else min(batch, n))
         self._waiting = tuple(found)
         self._store()
         if not found or (self._space.front and not seeds):

@@ -82,6 +82,11 @@ class SearchSpace:
             raise MaskError("every site is protected: there is nothing to search")
         for limit, budget in zip(self.limits, self.budget.parts, strict=True):
             least, whole = limit.cost(self.smallest()), limit.dense
+            if limit.cap < 0:
+                raise BudgetError(
+                    f"the budget cannot be met: {budget.text}, but of the model's {whole} at most "
+                    f"{whole - least} may be: lower the count or protect fewer sites"
+                )
             if least > limit.cap:
                 allowed, costs, dense = (
                     cost_text(budget.metric, cost) for cost in (limit.cap, least, whole)
