@@ -120,8 +120,12 @@ def test_a_repair_is_fitted_on_it_and_says_so(
     (tmp_path / "mixed" / REPAIR).unlink()
     resume(tmp_path / "mixed")
     assert without_times(read_journal(tmp_path / "mixed" / JOURNAL)) == journal
+    # What was fitted is in the run, so an export does without the text.
+    written.rename(tmp_path / "moved.jsonl")
     export_run(tmp_path / "mixed", tmp_path / "model", measure=False)
+    (tmp_path / "moved.jsonl").rename(written)
     card = (tmp_path / "model" / "README.md").read_text()
+    assert "fit_text: own.jsonl" in card
     assert "tokens of text.txt, 50 % of them of own.jsonl were used" in card
 
 

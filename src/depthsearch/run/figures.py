@@ -13,6 +13,7 @@ from depthsearch import __version__
 from depthsearch.calibration.tasks import Task
 from depthsearch.config import RunConfig, to_yaml
 from depthsearch.export import CardData, ExportResult, Figure, export
+from depthsearch.journal import read_journal
 from depthsearch.model.anatomy import context_window
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.model.patches import load_patches
@@ -28,11 +29,11 @@ from depthsearch.quality import (
     perplexity,
     score_written,
 )
-from depthsearch.run.directory import BEST, REPAIR, read_json, write_json
+from depthsearch.run.directory import BEST, JOURNAL, REPAIR, read_json, write_json
 from depthsearch.run.fits import fit_name
 from depthsearch.run.front import find_point
 from depthsearch.run.latency import beside_prediction
-from depthsearch.run.search import run_config, shareable_config
+from depthsearch.run.search import run_config
 from depthsearch.run.session import Session
 from depthsearch.space import Budget, Mask
 
@@ -75,10 +76,12 @@ def export_run(
         summary_name = EXPORT if answer["own"] else f"export-{answer['point']}.json"
     # Writing a checkpoint takes the whole model anyway, in the memory of this machine.
     whole = config.model.model_copy(update={"streamed": False})
-    session = Session.open(config.model_copy(update={"model": whole}))
+    # Repairs are in the run already: the text that they were fitted on may be gone.
+    unfitted = config.calibration.model_copy(update={"fit_text": None, "fit_column": None})
+    session = Session.open(config.model_copy(update={"model": whole, "calibration": unfitted}))
     session.check_model(best, run)
     mask = Mask.from_key(best["mask"])
-    splits = session.splits(config.search.seed)
+    splits = session.splits(config.search.seed, fit_tokens=0)
     repair = best.get("repair")
     patches: tuple[Patch, ...] = ()
     if repair is not None:
@@ -124,9 +127,9 @@ def export_run(
         signature=best["signature"],
         repair=repair,
         calibration=session.documents_name,
-        fitted_on=fit_name(session.documents, session.fit_other),
+        fitted_on=fit_name(session.documents_name, best["signature"]["data"].get("fit")),
         command=f"depthsearch search config.yaml --out run && depthsearch export run model{option}",
-        config=to_yaml(shareable_config(session)),
+        config=to_yaml(read_journal(run / JOURNAL)[0]["config"]),
         languages=(reads, writes) if reads and writes else None,
         starts=() if session.rows is None else session.rows.starts,
     )

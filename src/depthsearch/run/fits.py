@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,13 @@ def fit_data(other: Other | None) -> dict[str, Any]:
     }
 
 
-def fit_name(documents: Documents, other: Other | None) -> str:
-    """What repairs are fitted on, in words."""
-    if other is None:
-        return text_name(documents)
-    if other.share == 1:
-        return text_name(other.documents)
-    percent = f"{100 * other.share:g} %"
-    return f"{text_name(documents)}, {percent} of them of {text_name(other.documents)}"
+def fit_name(text: str, fit: Mapping[str, Any] | None) -> str:
+    """What repairs were fitted on, in words: the calibration text and what `fit_data` says."""
+    if fit is None:
+        return text
+    if fit["share"] == 1:
+        return str(fit["source"])
+    return f"{text}, {100 * fit['share']:g} % of them of {fit['source']}"
 
 
 def text_name(documents: Documents) -> str:
