@@ -1,13 +1,14 @@
 """What closed-form repair is worth: masks as cut and repaired, against the size of the fit text.
 
     python benchmarks/repair.py CONFIG --mask NAME=KEY ... [--other TEXT] [--fit-text TEXT]
-                                [--shares 0 0.5 1] [--out FILE]
+                                [--shares 0 0.5 1] [--toward-text 0 3] [--out FILE]
 
 CONFIG is a run file; its model, text and windows are used. Every mask is judged as cut and repaired
 in each of `--kinds` with each size of fit text, once for each of `--seeds`, which draw the text.
 Losses are those on the fit text itself, on held-out text of the same source, and on held-out text
 of `--other`; a repair that overfits shows as a gap between the first two. With `--fit-text` each of
-`--shares` of the fit text is taken from there, such as from what the model wrote itself. Then,
+`--shares` of the fit text is taken from there, such as from what the model wrote itself. With
+`--toward-text` the targets lean by each of so many nats toward what predicts the fit text. Then,
 unless `--no-price`, what evaluating offspring of the first mask costs, repaired and not. Prints one
 JSON document.
 """
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--fit-text", help="text for a share of the fit, under the column `text`")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0], help="of --fit-text")
     parser.add_argument("--fit", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--toward-text", type=float, nargs="+", default=[0.0], help="in nats")
     parser.add_argument("--kinds", nargs="+", default=KINDS, help=f"{KINDS} or gap:OPERATOR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--heldout", type=int, default=16384)
@@ -129,21 +131,22 @@ class Bench:
                 fit = windows[: tokens // windows.shape[1]]
                 on_fit = self._judge(fit[: self._chosen.heldout // 4 // windows.shape[1]])
                 on_fit.figures([self._session.space.dense])
-                for kind in self._chosen.kinds:
+                for kind, nats in product(self._chosen.kinds, self._chosen.toward_text):
                     # One at a time: each holds the dense stream of its text.
-                    repairer = self._repairer(kind, fit)
+                    repairer = self._repairer(kind, fit, nats)
                     for name, mask in self._masks.items():
                         row = self._repaired(mask, repairer, on_fit)
-                        row = {"kind": kind, "seed": seed, "share": share, "fit": tokens, **row}
-                        row = {"mask": name, **row}
+                        how = {"seed": seed, "share": share, "fit": tokens, "toward_text": nats}
+                        row = {"mask": name, "kind": kind, **how, **row}
                         print(json.dumps(row), file=sys.stderr, flush=True)
                         yield row
 
-    def _repairer(self, kind: str, fit: Tensor) -> Refitted:
+    def _repairer(self, kind: str, fit: Tensor, nats: float) -> Refitted:
         repair, _, operator = kind.partition(":")
         assert repair in KINDS
         assert operator in ("", *OPERATORS)
-        return Refitted(self._texts["same"], fit, repair, operator=operator or "refit")
+        how = {"operator": operator or "refit", "toward_text": nats}
+        return Refitted(self._texts["same"], fit, repair, **how)
 
     def _repaired(self, mask: Mask, repairer: Refitted, on_fit: InProcess) -> dict[str, Any]:
         start = time.perf_counter()

@@ -21,6 +21,7 @@ from depthsearch.calibration import Documents
 from depthsearch.calibration.windows import Other
 from depthsearch.config import RunConfig
 from depthsearch.errors import ConfigError, InputError, RunDirectoryError
+from depthsearch.evaluation.worker import ModelSource, Worker
 from depthsearch.journal import read_journal, without_times
 from depthsearch.model import load
 from depthsearch.model.patches import load_patches
@@ -33,6 +34,7 @@ from depthsearch.run.fits import load_fit
 from depthsearch.run.overfit import overfit
 from depthsearch.run.search import resume, search
 from depthsearch.run.session import Session
+from depthsearch.run.workers import worker_text
 from depthsearch.space import Mask
 from depthsearch.tables import compare_table
 
@@ -327,3 +329,63 @@ def test_a_limit_too_low_for_the_fits_of_the_finalists_is_refused_and_that_asked
     with pytest.raises(ConfigError, match="too little"):
         run(least - 1, "refused")
     assert run(least + 1, "kept") <= least + 1
+
+
+def test_a_result_that_leans_toward_the_text_is_resumed_alike_and_says_so(
+    workplace: Path, tmp_path: Path
+) -> None:
+    leaning = SEARCH | {"repair": "none", "toward_text": 2.0}
+    config = configured(workplace, search=leaning)
+    session = Session.open(config)
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    search(config, run, session=session)
+    best = best_of(run)
+    assert (
+        "finalists repaired (sequential, 2 nats toward the text)" in best["signature"]["protocol"]
+    )
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / CONFIG).write_bytes((run / CONFIG).read_bytes())
+    lines = (run / JOURNAL).read_bytes().splitlines(keepends=True)
+    (again / JOURNAL).write_bytes(b"".join(lines[: len(lines) // 2]))
+    resume(again)
+    for name in (BEST, REPAIR):
+        assert (again / name).read_bytes() == (run / name).read_bytes()
+    search(configured(workplace, search=SEARCH | {"repair": "none"}), plain)
+    assert best_of(plain)["cost_tokens"] < best["cost_tokens"]
+    assert (plain / REPAIR).read_bytes() != (run / REPAIR).read_bytes()
+    export_run(run, tmp_path / "small")
+    card = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+    assert "moved toward what predicts that text by 2 nats to first order" in card
+
+
+def test_leaning_without_a_repair_in_the_end_is_refused(workplace: Path) -> None:
+    config = configured(workplace, search={"max_evaluations": 2, "toward_text": 1.0})
+    with pytest.raises(ConfigError, match=r"toward_text is 1, but nothing is repaired .*finish"):
+        Session.open(config)
+
+
+def test_a_worker_that_leans_has_the_losses_of_this_process(workplace: Path) -> None:
+    session = Session.open(configured(workplace))
+    splits = session.splits(0)
+    fit = {"repair": "sequential", "fit": splits.fit, "toward_text": 2.0}
+    here = session.backend(splits.finals, 0, **fit)
+    judged = ("kl", str(session.check.mode), session.config.calibration.batch_tokens)
+    text = worker_text(splits.finals, *judged, session.config.objective.positions, 0, **fit)
+    straight = worker_text(
+        splits.finals,
+        *judged,
+        session.config.objective.positions,
+        0,
+        **(fit | {"toward_text": 0.0}),
+    )
+    assert text.name != straight.name
+    threads = torch.get_num_threads()
+    source = ModelSource(str(workplace / "model"), "float32", "cpu", None, False, threads)
+    worker = Worker(source)
+    masks = [session.space.dense, session.space.dense.without([2, 3])]
+    found = [worker.run(each, 0, [mask.key for mask in masks]) for each in (text, straight)]
+    assert [answer.error for answer in found] == [None, None]
+    assert found[0].losses == here.run(0, masks).losses
+    assert found[0].losses[0] == found[1].losses[0]
+    assert found[0].losses[1] != found[1].losses[1]

@@ -100,6 +100,10 @@ class SearchConfig(Section):
     every projection after the first gap (sequential)"""
     finish: Finish | None = None
     """the same for the finalists and the result; left out: as in the search, gap for table"""
+    toward_text: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """how far what finalists and result are fitted to leans from the dense model toward what
+    predicts the fit text: by so many nats a token, to first order. More than 0 adapts the result
+    to that kind of text"""
     options: dict[str, Any] = Field(default_factory=dict)
     """settings of the searcher itself"""
 

@@ -85,6 +85,14 @@ class Accounting:
         flops = body * sequences * self.window_tokens + heads * self.head_flops
         return flops / self.dense_flops
 
+    def leaning(self, tokens: int) -> float:
+        """Gradients of the cross-entropy along the recorded dense stream of `tokens` tokens.
+
+        As in `gradients`; the head runs once each way at every position.
+        """
+        body = 2 * sum(self.site_flops) + sum(self.site_flops[::2])
+        return tokens * (body + 2 * self.head_flops) / self.dense_flops
+
     def written(self, mask: Mask, prompt_tokens: int, passes: int) -> float:
         """One sequence that `mask` writes after a prompt: the last token is not put through.
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from depthsearch.calibration.windows import batches
-from depthsearch.errors import DataError
+from depthsearch.errors import DataError, UnsupportedModelError
+from depthsearch.evaluation.leaning import Leaning
 from depthsearch.evaluation.stepping import Stepper
 from depthsearch.evaluation.turns import Turn, fitted_site
 from depthsearch.model.operators import (
@@ -83,13 +84,24 @@ def factors(targets: int) -> int:
 class FitText:
     """The dense model's residual stream before every step, on windows `[sequence, window]`.
 
-    `ill_conditioned` counts the fits that gave no repair because no system could be solved. Raises
+    `ill_conditioned` counts the fits that gave no repair because no system could be solved. With
+    `toward_text` targets lean by so many nats toward what predicts the text (see `Leaning`). Raises
     DataError for fewer windows than it takes to hold some back.
     """
 
     def __init__(
-        self, stepper: Stepper, windows: Tensor, batch_tokens: int, operator: str = "refit"
+        self,
+        stepper: Stepper,
+        windows: Tensor,
+        batch_tokens: int,
+        operator: str = "refit",
+        toward_text: float = 0.0,
     ) -> None:
+        if toward_text and stepper.replayer.anatomy.encoder_blocks:
+            raise UnsupportedModelError(
+                f"{stepper.replayer.anatomy.model_class} is an encoder-decoder, whose repairs "
+                "can't lean toward the text: set search.toward_text to 0"
+            )
         if len(windows) < HELD_BACK:
             raise DataError(
                 f"{len(windows)} windows to fit repairs on, at least {HELD_BACK} are needed: raise "
@@ -105,6 +117,12 @@ class FitText:
         self._batches = batches(windows, rows * windows.shape[1])
         self._streams: list[States] = []
         self._calls: tuple[tuple[Call, ...], ...] = ()
+        self._leaning = Leaning(stepper, toward_text) if toward_text else None
+
+    def target(self, step: int, place: int) -> Tensor:
+        """What batch `place` is fitted to before `step`."""
+        stream = self.dense(step)[place]
+        return stream if self._leaning is None else self._leaning.shifted(step, place, stream)
 
     def dense(self, step: int) -> States:
         """The dense stream before `step`; the last one is that behind all steps."""
@@ -134,7 +152,8 @@ class FitText:
         for place, hidden in enumerate(states):
             with _inputs_of(projection.module) as seen:
                 after = self._stepper.run(self._calls[place], step, kept, hidden)
-            streams = (after, *(self.dense(t)[place] for t in (*targets, step + 1)))
+            aimed = (self.target(target, place) for target in targets)
+            streams = (after, *aimed, self.dense(step + 1)[place])
             # In a model spread over devices all is brought to where the projection is.
             device = seen[0].device
             inputs, found, *aims, whole = (
@@ -179,6 +198,10 @@ class FitText:
         for step, sites in enumerate(self._stepper.steps):
             whole = Turn((True,) * len(sites))
             self._streams.append(self.advance(step, whole, self._streams[step]))
+        if self._leaning is not None:
+            for place, ids in enumerate(self._batches):
+                streams = [states[place] for states in self._streams]
+                self._leaning.add(ids, self._calls[place], streams)
 
 
 @contextmanager

@@ -27,16 +27,24 @@ from depthsearch.space import Hints, Mask, Sensitivity
 class Refitted:
     """Judges masks, repaired on the windows `fit` `[sequence, window]`, as `judge` does unrepaired.
 
+    `toward_text` is how far, in nats, the targets lean toward what predicts `fit` (see `Leaning`).
     Raises UnsupportedModelError for a model that can't be repaired.
     """
 
     def __init__(
-        self, judge: InProcess, fit: Tensor, repair: Repair, *, operator: str = "refit"
+        self,
+        judge: InProcess,
+        fit: Tensor,
+        repair: Repair,
+        *,
+        operator: str = "refit",
+        toward_text: float = 0.0,
     ) -> None:
         self._judge = judge
         self._repair: Repair = repair
         self._stepper = Stepper(judge.replayer, judge.mode)
-        self._fit = FitText(self._stepper, fit, judge.batch_tokens, operator)
+        self._fit = FitText(self._stepper, fit, judge.batch_tokens, operator, toward_text)
+        self._leans = toward_text > 0
         self._cost = FitCost.of(judge.replayer, self._fit.tokens, operator)
 
     @property
@@ -56,8 +64,10 @@ class Refitted:
 
     @property
     def preparation(self) -> float:
-        """The `cost_tokens` of the dense passes that record both texts."""
-        return self._judge.preparation + self._judge.accounting.body(self._fit.tokens)
+        """The `cost_tokens` of the dense passes that record both texts, and of gradients there."""
+        accounting, tokens = self._judge.accounting, self._fit.tokens
+        gradients = accounting.leaning(tokens) if self._leans else 0.0
+        return self._judge.preparation + accounting.body(tokens) + gradients
 
     def run(
         self, batch: int, masks: Sequence[Mask], ahead: Sequence[int] = (), *, sure: bool = True
@@ -131,11 +141,16 @@ class Refitted:
         return judged + float(flops) / accounting.dense_flops
 
 
-def repairing(repair: Repair, fit: Tensor | None, **judge: Any) -> InProcess | Refitted:
-    """What judges masks after `repair` on the windows `fit`; `judge` is what `InProcess` takes."""
+def repairing(
+    repair: Repair, fit: Tensor | None, *, toward_text: float = 0.0, **judge: Any
+) -> InProcess | Refitted:
+    """What judges masks after `repair` on the windows `fit`; `judge` is what `InProcess` takes.
+
+    `toward_text` is that of `Refitted`; a table of repairs takes none.
+    """
     if repair == "none":
         return InProcess(**judge)
     assert fit is not None
     if repair == "table":
         return InProcess(**judge, fit=fit)
-    return Refitted(InProcess(**judge), fit, repair)
+    return Refitted(InProcess(**judge), fit, repair, toward_text=toward_text)

@@ -74,6 +74,7 @@ class Text:
     fit: Any = None
     repair: Repair = "none"
     task: Task | None = None
+    toward_text: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -169,4 +170,5 @@ class Worker:
         if text.task is not None:
             return Written(InProcess(self._model, self._anatomy, **what), text.task)
         fit = None if text.fit is None else torch.from_numpy(text.fit.copy())
-        return repairing(text.repair, fit, model=self._model, anatomy=self._anatomy, **what)
+        what |= {"model": self._model, "anatomy": self._anatomy}
+        return repairing(text.repair, fit, toward_text=text.toward_text, **what)

@@ -39,8 +39,9 @@ class CardData:
 
     `origin` is how the mask was found, `calibration` the text its loss was measured on, `command`
     and `config` what to type to repeat the run, `repair` which weights were refitted, and
-    `fitted_on` the text that they were refitted on. `languages` are those that an encoder-decoder
-    was given to read and to write, and `starts` the tokens that what it writes begins with.
+    `fitted_on` the text that they were refitted on, `toward_text` by how many nats the targets
+    leaned toward what predicts it. `languages` are those that an encoder-decoder was given to read
+    and to write, and `starts` the tokens that what it writes begins with.
     """
 
     origin: str | None = None
@@ -49,6 +50,7 @@ class CardData:
     figures: tuple[Figure, ...] = ()
     calibration: str | None = None
     fitted_on: str | None = None
+    toward_text: float = 0.0
     command: str | None = None
     config: str | None = None
     repair: Mapping[str, Any] | None = None
@@ -275,7 +277,7 @@ def _refitted(loaded: LoadedModel, card: CardData) -> str:
         )
     lines = [
         f"{_projections(loaded, len(sites))} refitted by ridge least squares, so that the residual "
-        "stream follows the base model's behind what was dropped; "
+        f"stream follows the base model's{_leaning(card)} behind what was dropped; "
         f"{card.repair['fit_tokens']:,} tokens of {_fit_text(card)} were used, none of which "
         "judged a mask. No parameter was added."
     ]
@@ -285,6 +287,13 @@ def _refitted(loaded: LoadedModel, card: CardData) -> str:
         for name, found in sites.items()
     ]
     return lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def _leaning(card: CardData) -> str:
+    """What the stream follows besides, nothing where it follows the base model alone."""
+    if not card.toward_text:
+        return ""
+    return f", moved toward what predicts that text by {card.toward_text:g} nats to first order,"
 
 
 def _projections(loaded: LoadedModel, count: int) -> str:

@@ -255,6 +255,19 @@ class Replayer:
         cross_attention: bool = False,
     ) -> Tensor:
         """As `step`, for a block whose further arguments are `call`."""
+        kept = {"attention": attention, "cross_attention": cross_attention, "ffn": ffn}
+        return self._applied(call, block, hidden, **kept)
+
+    def _applied(
+        self,
+        call: Call,
+        block: int,
+        hidden: Tensor,
+        *,
+        attention: bool,
+        ffn: bool,
+        cross_attention: bool = False,
+    ) -> Tensor:
         if not attention and not ffn and not cross_attention:
             return hidden
         args, kwargs = call
@@ -280,11 +293,17 @@ class Replayer:
         self, calls: tuple[Call, ...], sites: Sequence[int], kept: Sequence[bool], hidden: Tensor
     ) -> Tensor:
         """The hidden states after `sites`, all of one block, with those that are `kept`."""
+        return self.through(calls, sites, kept, hidden)
+
+    def through(
+        self, calls: tuple[Call, ...], sites: Sequence[int], kept: Sequence[bool], hidden: Tensor
+    ) -> Tensor:
+        """As `run`, but differentiable where gradients are enabled."""
         found = [self.anatomy.sites[site] for site in sites]
         flags: dict[str, bool] = {"attention": False, "ffn": False}
         flags |= {site.kind: flag for site, flag in zip(found, kept, strict=True)}
         block = self.anatomy.block_of(found[0])
-        return self.apply(calls[block], block, hidden, **flags)
+        return self._applied(calls[block], block, hidden, **flags)
 
     @torch.no_grad()
     def whole(self, recording: Recording, mask: Mask) -> Tensor:

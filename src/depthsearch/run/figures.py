@@ -128,6 +128,7 @@ def export_run(
         repair=repair,
         calibration=session.documents_name,
         fitted_on=fit_name(session.documents_name, best["signature"]["data"].get("fit")),
+        toward_text=config.search.toward_text,
         command=f"depthsearch search config.yaml --out run && depthsearch export run model{option}",
         config=to_yaml(read_journal(run / JOURNAL)[0]["config"]),
         languages=(reads, writes) if reads and writes else None,

@@ -188,7 +188,8 @@ def _rows(
         windows = fit[: tokens // fit.shape[1]]
         # Dense losses first: nothing is patched yet.
         on_fit = Judge(session, windows[:most])
-        patches = Refitted(judges[HELDOUT].backend, windows, kind).repair(mask)
+        nats = session.config.search.toward_text
+        patches = Refitted(judges[HELDOUT].backend, windows, kind, toward_text=nats).repair(mask)
         yield {
             "fit_tokens": windows.numel(),
             FIT: on_fit.loss(mask, patches).to_json(),

@@ -188,7 +188,14 @@ class Session:
         fit = [self._fit_windows(splits, final=final) for final in (False, True)]
         return (
             self.backend(splits.select, seed, search.repair, fit[0], score, splits.select_texts),
-            self.backend(splits.finals, seed, search.finished, fit[1], None, splits.finals_texts),
+            self.backend(
+                splits.finals,
+                seed,
+                search.finished,
+                fit[1],
+                texts=splits.finals_texts,
+                toward_text=search.toward_text,
+            ),
         )
 
     def repair(
@@ -205,7 +212,10 @@ class Session:
         if isinstance(finals, Refitted):
             return finals.repair(mask)
         fit, positions = self._fit_windows(splits, final=True), self.config.objective.positions
-        here = self._here(splits.finals, KLDivergence(), positions, seed, kind, fit)
+        toward_text = self.config.search.toward_text
+        here = self._here(
+            splits.finals, KLDivergence(), positions, seed, kind, fit, toward_text=toward_text
+        )
         assert isinstance(here, Refitted)
         return here.repair(mask)
 
@@ -217,10 +227,12 @@ class Session:
         fit: torch.Tensor | None = None,
         score: str | None = None,
         texts: Sequence[str] = (),
+        toward_text: float = 0.0,
     ) -> Backend:
         """The configured backend for the configured objective, or another `score`, on `windows`.
 
-        With a `repair` masks are fitted on `fit` first; a task score takes the documents `texts`.
+        With a `repair` masks are fitted on `fit` first, leaning by `toward_text`; a task score
+        takes the documents `texts`.
         """
         objective, calibration = self.config.objective, self.config.calibration
         kind, task = score or objective.kind, None
@@ -228,14 +240,17 @@ class Session:
             # Hints are taken on the windows all the same.
             kind = "kl"
             task = tasks.make_task(self.config, self.loaded, self.pairs, windows, texts, self.rows)
-        here = self._here(windows, OBJECTIVES[kind](), objective.positions, seed, repair, fit, task)
+        judge = windows, OBJECTIVES[kind](), objective.positions, seed
+        here = self._here(*judge, repair, fit, task, toward_text)
         if self.config.cluster.backend == "in-process":
             return here
         from depthsearch.evaluation.ray_backend import RayBackend
         from depthsearch.evaluation.spread import SpreadStreamed
 
         judged = (kind, str(self.check.mode), calibration.batch_tokens, objective.positions, seed)
-        text = worker_text(windows, *judged, repair=repair, fit=fit, task=task)
+        text = worker_text(
+            windows, *judged, repair=repair, fit=fit, task=task, toward_text=toward_text
+        )
         cluster = self.workers.start(self.config, self.loaded)
         if isinstance(here, Streamed):
             cluster.crew.add_text(text)
@@ -299,6 +314,7 @@ class Session:
         repair: Repair = "none",
         fit: torch.Tensor | None = None,
         task: Task | None = None,
+        toward_text: float = 0.0,
     ) -> InProcess | Refitted | Streamed | Written:
         what: dict[str, Any] = {
             "windows": windows,
@@ -312,17 +328,19 @@ class Session:
             return Streamed(self.streamed, **what, host_bytes=host_bytes(self.config.model))
         if task is not None:
             return Written(InProcess(self.loaded.model, self.anatomy, **what), task)
-        return repairing(repair, fit, model=self.loaded.model, anatomy=self.anatomy, **what)
+        what |= {"model": self.loaded.model, "anatomy": self.anatomy, "toward_text": toward_text}
+        return repairing(repair, fit, **what)
 
     @property
     def _repair_text(self) -> str:
         """What a signature says of repairs, nothing where there are none."""
         search, calibration = self.config.search, self.config.calibration
+        leaning = f", {search.toward_text:g} nats toward the text" if search.toward_text else ""
         parts = [
-            f"{what} repaired ({kind}) on {tokens // calibration.window_tokens} fit windows, "
-            for what, kind, tokens in (
-                ("candidates", search.repair, calibration.fit_tokens),
-                ("finalists", search.finished, calibration.finals_fit_tokens),
+            f"{what} repaired ({kind}{how}) on {tokens // calibration.window_tokens} fit windows, "
+            for what, kind, how, tokens in (
+                ("candidates", search.repair, "", calibration.fit_tokens),
+                ("finalists", search.finished, leaning, calibration.finals_fit_tokens),
             )
             if kind != "none"
         ]

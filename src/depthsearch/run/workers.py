@@ -80,13 +80,15 @@ def worker_text(
     repair: Repair = "none",
     fit: Tensor | None = None,
     task: Task | None = None,
+    toward_text: float = 0.0,
 ) -> Text:
     """A text as workers take it, under a name that no other text of the session has."""
     from depthsearch.evaluation.worker import Text
 
     digest = hashlib.sha256(str(tuple(windows.shape)).encode() + windows.numpy().tobytes())
     if repair != "none" and fit is not None:
-        digest.update(repair.encode() + fit.numpy().tobytes())
+        leaning = f"{toward_text:g}" if toward_text else ""
+        digest.update((repair + leaning).encode() + fit.numpy().tobytes())
     if task is not None:
         digest.update(task.fingerprint.encode())
     return Text(
@@ -100,6 +102,7 @@ def worker_text(
         fit=None if fit is None or repair == "none" else fit.numpy(),
         repair=repair,
         task=task,
+        toward_text=toward_text,
     )
 
 
@@ -142,6 +145,11 @@ def check_repair(config: RunConfig, search: SearchConfig) -> None:
     if config.model.streamed and {search.repair, search.finished} != {"none"}:
         raise ConfigError(
             "model.streamed can't refit weights: set search.repair and search.finish to none"
+        )
+    if search.toward_text and search.finished == "none":
+        raise ConfigError(
+            f"search.toward_text is {search.toward_text:g}, but nothing is repaired in the end: "
+            "set search.finish to gap or sequential, or search.toward_text to 0"
         )
 
 
