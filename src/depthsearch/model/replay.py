@@ -255,23 +255,17 @@ class Replayer:
         cross_attention: bool = False,
     ) -> Tensor:
         """As `step`, for a block whose further arguments are `call`."""
-        kept = {"attention": attention, "cross_attention": cross_attention, "ffn": ffn}
-        return self._applied(call, block, hidden, **kept)
+        return self._applied(call, block, hidden, (attention, cross_attention, ffn))
 
     def _applied(
-        self,
-        call: Call,
-        block: int,
-        hidden: Tensor,
-        *,
-        attention: bool,
-        ffn: bool,
-        cross_attention: bool = False,
+        self, call: Call, block: int, hidden: Tensor, kept: tuple[bool, bool, bool]
     ) -> Tensor:
-        if not attention and not ffn and not cross_attention:
+        """As `apply`, but differentiable; `kept` are attention, cross-attention and FFN."""
+        if not any(kept):
             return hidden
         args, kwargs = call
-        view = self._views[block, (attention, cross_attention, ffn)]
+        cross_attention = kept[1]
+        view = self._views[block, kept]
         if not self.anatomy.encoder_blocks:
             return _tensor(view(hidden, *args, **kwargs))
         read, written = _halves(hidden)
@@ -300,10 +294,12 @@ class Replayer:
     ) -> Tensor:
         """As `run`, but differentiable where gradients are enabled."""
         found = [self.anatomy.sites[site] for site in sites]
-        flags: dict[str, bool] = {"attention": False, "ffn": False}
-        flags |= {site.kind: flag for site, flag in zip(found, kept, strict=True)}
+        flags: dict[str, bool] = {s.kind: flag for s, flag in zip(found, kept, strict=True)}
+        attention, cross_attention, ffn = (
+            flags.get(kind, False) for kind in ("attention", "cross_attention", "ffn")
+        )
         block = self.anatomy.block_of(found[0])
-        return self._applied(calls[block], block, hidden, **flags)
+        return self._applied(calls[block], block, hidden, (attention, cross_attention, ffn))
 
     @torch.no_grad()
     def whole(self, recording: Recording, mask: Mask) -> Tensor:
