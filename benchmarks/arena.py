@@ -82,7 +82,8 @@ def compared(folder: Path, budget: str, settings: Sequence[str]) -> dict[str, An
         program = Path(sys.executable).with_name("depthsearch")
         command = [str(program), "compare", str(ROOT / "benchmarks/arena.yaml")]
         command += ["--out", str(folder.absolute())]
-        for setting in (*settings, f"space.budget={{{metric}: {share}, of: blocks}}"):
+        of = "model" if metric == "keep_latency" else "blocks"
+        for setting in (*settings, f"space.budget={{{metric}: {share}, of: {of}}}"):
             command += ["--set", setting]
         subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
     return read_compare(folder)

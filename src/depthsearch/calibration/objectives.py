@@ -17,6 +17,7 @@ from torch import Tensor
 Logits = Callable[[Tensor], Tensor]
 
 CHUNK_POSITIONS = 256
+CACHED_ROWS = 4
 
 
 class Objective(Protocol):
@@ -81,13 +82,32 @@ def figures(
             del reference
         for row, student in enumerate(students):
             scores = logits(student[chunk]).float()
-            normalizer = torch.logsumexp(scores, dim=-1)
-            if probabilities is not None:
-                divergence = constant - torch.linalg.vecdot(probabilities, scores) + normalizer
-                kl[row, chunk] = divergence.cpu()
+            normalizer, agreement = _normalizer_and_agreement(scores, probabilities)
+            if constant is not None and agreement is not None:
+                kl[row, chunk] = (constant - agreement + normalizer).cpu()
             chosen = scores.gather(-1, targets[chunk].unsqueeze(-1)).squeeze(-1)
             cross_entropy[row, chunk] = (normalizer - chosen).cpu()
     return kl, cross_entropy
+
+
+def _normalizer_and_agreement(
+    scores: Tensor, probabilities: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The log of the summed exponentials of logits `[n, vocab]`, and their mean under the teacher.
+
+    Each `[n]`. Both go through the same few rows before the next ones are looked at: rows of a
+    large vocabulary leave the processor's cache soon.
+    """
+    on_cpu = scores.device.type == "cpu"
+    rows = max(CACHED_ROWS, torch.get_num_threads()) if on_cpu else max(1, len(scores))
+    normalizer = scores.new_empty(len(scores))
+    agreement = None if probabilities is None else torch.empty_like(normalizer)
+    for start in range(0, len(scores), rows):
+        part = slice(start, start + rows)
+        normalizer[part] = torch.logsumexp(scores[part], dim=-1)
+        if probabilities is not None and agreement is not None:
+            agreement[part] = torch.linalg.vecdot(probabilities[part], scores[part])
+    return normalizer, agreement
 
 
 def cross_entropy_gradient(logits: Logits, hidden: Tensor, targets: Tensor) -> Tensor:
