@@ -55,6 +55,14 @@ def test_logits_of_replayed_states_are_those_of_the_model(
     assert torch.equal(got.argmax(-1), expected.argmax(-1)) or dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_more_positions_have_logits_than_a_context_holds(model_type: str) -> None:
+    model = tiny_model(model_type)
+    replayer = Replayer(model, describe(model))
+    hidden = torch.randn(model.config.max_position_embeddings + 1, 64)
+    assert torch.equal(replayer.logits(hidden)[:100], replayer.logits(hidden[:100]))
+
+
 @pytest.mark.parametrize("model_type", SEQUENTIAL_TYPES)
 def test_states_are_the_stream_before_every_site(model_type: str) -> None:
     model = tiny_model(model_type)

@@ -9,6 +9,7 @@ from tests.searchers.landscapes import toy
 
 from depthsearch.report import run_report
 from depthsearch.report.data import RunData, read_run
+from depthsearch.report.front import front_picture
 from depthsearch.report.pairs import has_pairs, left_out, pair_lines, pairs_picture
 from depthsearch.run.loop import Plan
 from depthsearch.space import Budget, SearchSpace
@@ -69,6 +70,15 @@ def test_the_picture_says_every_answer(run: RunData) -> None:
         assert entry.best is not None
         said = f"{entry.number}: {entry.space.budget.text}, {entry.best.evaluation.loss:.4f} nats"
         assert said in found.alt
+
+
+def test_losses_are_in_their_own_unit(run: RunData) -> None:
+    by_angle = replace(run, config=run.config | {"search": {"score": "angular"}})
+    for draw in (pairs_picture, front_picture):
+        found = draw(by_angle)
+        assert found is not None
+        assert "half turns" in found.alt
+        assert "nats" not in found.alt
 
 
 def test_what_no_mask_meets_is_named(run: RunData) -> None:

@@ -62,13 +62,15 @@ def test_lines_name_what_they_remove() -> None:
 
 
 def test_the_picture_says_in_words_what_it_shows() -> None:
-    drawn = tree_picture(TREE, SITES)
+    drawn = tree_picture(TREE, SITES, "kl")
     assert drawn is not None
     assert drawn.alt == (
         "The 6 most visited of 7 nodes of the search tree; the first removals are A0, F0, A1."
     )
     unvisited = TREE | {"nodes": {key: node(0) for key in TREE["nodes"]}}
-    assert tree_picture(unvisited, SITES) is None
+    assert tree_picture(unvisited, SITES, "kl") is None
+    failed = {key: found | {"best_loss": None} for key, found in TREE["nodes"].items()}
+    assert tree_picture(TREE | {"nodes": failed}, SITES, "kl") is None
 
 
 @pytest.fixture

@@ -218,6 +218,16 @@ class TestRefusals:
             search(config, tmp_path / "run", session=replace(session, config=config))
         assert listing(tmp_path) == []
 
+    @pytest.mark.parametrize("method", ["windows", "angular_window"])
+    def test_a_space_without_a_window_leaves_nothing_behind(
+        self, session: Session, workplace: Path, tmp_path: Path, method: str
+    ) -> None:
+        space = replace(session.space, protected=frozenset(range(1, len(session.space.sites), 2)))
+        config = workplace_config(workplace, search={"method": method})
+        with pytest.raises(ConfigError, match=r"no contiguous window frees enough for .* at most"):
+            search(config, tmp_path / "run", session=replace(session, config=config, space=space))
+        assert listing(tmp_path) == []
+
     @pytest.mark.parametrize("missing", [CONFIG, JOURNAL])
     def test_what_is_no_run_directory_can_not_be_resumed(
         self, finished: Path, tmp_path: Path, missing: str

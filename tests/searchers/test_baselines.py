@@ -6,7 +6,7 @@ import pytest
 from landscapes import SPACES, Landscape, toy
 
 from depthsearch.searchers import cheap_baselines, is_baseline
-from depthsearch.searchers.baselines import angular_distance, span, window_baselines
+from depthsearch.searchers.baselines import span, window_baselines, window_distance
 from depthsearch.searchers.ranking import (
     block_influence_keys,
     drop_in_order,
@@ -16,7 +16,7 @@ from depthsearch.searchers.ranking import (
     price,
     removal_keys,
 )
-from depthsearch.space import Budget, Hints, Mask
+from depthsearch.space import Budget, CostTable, Hints, Mask, SearchSpace, SiteCosts
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -34,14 +34,40 @@ def test_windows_come_in_order_of_angular_distance() -> None:
     space = SPACES["sublayer"]
     hints = Landscape(12).hints()
     found = window_baselines(space, hints)
-    distances = [angular_distance(proposal.mask, hints) for proposal in found]
+    distances = [window_distance(space, proposal.mask, hints) for proposal in found]
     assert distances == sorted(distances)
     assert [p.origin.endswith("best angle") for p in found] == [True] + [False] * (len(found) - 1)
 
 
-def test_angular_distance_adds_up_over_gaps() -> None:
-    rows = tuple(tuple(float(10 * i + j) for j in range(7)) for i in range(7))
-    assert angular_distance(Mask.from_key("100110"), Hints(rows, rows)) == 13.0 + 56.0
+def test_the_distance_of_a_window_is_across_all_of_it() -> None:
+    """Where one kind of sublayer alone may go the others between are no part of the gaps."""
+    hints = distances(9)
+    assert window_distance(toy(4), Mask.from_key("10001111"), hints) == 104
+    assert window_distance(toy(4), Mask.from_key("10101011"), hints) == 106
+    assert window_distance(toy(4), toy(4).dense, hints) == 0
+    attention = toy(4, Budget("kv_bytes", ratio=0.5), "attention")
+    assert window_distance(attention, Mask.dropping(8, (2, 4)), hints) == 203 + 405
+
+
+def test_the_best_angle_is_that_across_a_filled_window() -> None:
+    sites = toy(3).sites
+    costs = CostTable({"params": SiteCosts(0, (10, 30) * 3)})
+    space = SearchSpace(sites, costs, Budget("params", cap=70))
+    rows = [[1.0] * 7 for _ in range(7)]
+    # Lone FFNs, whose gaps look cheap one by one and are dear together.
+    for site in (1, 3, 5):
+        rows[site][site + 1] = 0.1
+    rows[0][3] = 0.4
+    hints = Hints(rows, rows)
+    origins = {proposal.mask.key: proposal.origin for proposal in window_baselines(space, hints)}
+    assert origins["101011"] == "window 0.ffn-1.ffn, filled"
+    assert origins["000111"] == "window 0.attention-1.attention, best angle"
+
+
+def distances(count: int) -> Hints:
+    """Hints in which the distance from state i to state j is 100 i + j."""
+    rows = tuple(tuple(float(100 * i + j) for j in range(count)) for i in range(count))
+    return Hints(rows, rows)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +77,7 @@ def test_angular_distance_adds_up_over_gaps() -> None:
         ("block influence of sites per cost", True),
         ("single removal", True),
         ("evolution slide", False),
-        ("greedy prefix 1/4 + gap", False),
+        ("completed prefix 1/4 + gap", False),
         ("greedy step 3", False),
         ("optuna tpe", False),
         ("random", False),
@@ -67,6 +93,8 @@ def test_span_names_whole_blocks_or_sites() -> None:
     assert span(space, Mask.dropping(8, range(3, 7))) == "1.ffn-3.attention"
     attention = toy(4, Budget("kv_bytes", ratio=0.5), "attention")
     assert span(attention, Mask.dropping(8, (2, 4))) == "1-2"
+    assert span(attention, Mask.dropping(8, (0, 4))) == "0-2, filled"
+    assert span(space, Mask.dropping(8, (1, 3, 5))) == "0.ffn-2.ffn, filled"
 
 
 def hints_with_influence(influence: list[float]) -> Hints:

@@ -83,7 +83,7 @@ def test_starts_from_the_baselines_then_sweeps_then_completes() -> None:
     assert batches[1].rivals == ()
     origins = {p.origin for p in batches[2].proposals}
     assert any(is_baseline(origin) for origin in origins)
-    assert any(origin.startswith("greedy prefix") for origin in origins)
+    assert any(origin.startswith("completed prefix") for origin in origins)
     assert all(p.origin.startswith("evolution ") for b in batches[3:] for p in b.proposals)
 
 

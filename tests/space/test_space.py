@@ -201,6 +201,19 @@ def test_windows_of_equal_sites_are_exactly_the_runs() -> None:
     assert [w.runs for w in even] == [((s, s + 4),) for s in range(7)]
 
 
+def test_windows_lose_their_ends_before_what_is_inside() -> None:
+    costs = SiteCosts(0, (5, 5, 30, 12, 30, 100))
+    windows = build(3, Budget("params", cap=120), costs=costs).windows()
+    # Of the first five 20 too many go: both sites of the first block, or the first and the fourth.
+    assert [w.dropped for w in windows] == [(2, 3, 4), (5,)]
+
+
+def test_a_window_is_filled_inside_where_its_ends_do_not_fit() -> None:
+    heavy = SiteCosts(0, (10, 30, 10, 30, 10, 30))
+    windows = build(3, Budget("params", cap=60), costs=heavy).windows()
+    assert [w.key for w in windows] == ["101011", "111010"]
+
+
 def test_a_window_of_attentions_does_not_jump_over_a_protected_one() -> None:
     space = build(6, Budget("kv_bytes", ratio=0.67), "attention", protected=(4,))
     assert [w.dropped for w in space.windows()] == [(0, 2), (6, 8), (8, 10)]

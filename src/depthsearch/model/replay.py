@@ -323,12 +323,13 @@ class Replayer:
         blocks = self.anatomy.block_list(self.model)
         if self.anatomy.encoder_blocks:
             return self._decoder_head(hidden)
-        inject = hidden.unsqueeze(0)
+        # A sequence of one token each: they are more than a table of learned positions may hold.
+        inject = hidden.unsqueeze(1)
         views = [through_view(blocks[0], inject), *(through_view(b) for b in list(blocks)[1:])]
-        dummy = torch.zeros((1, hidden.shape[0]), dtype=torch.long, device=hidden.device)
+        ids = torch.zeros((len(hidden), 1), dtype=torch.long, device=hidden.device)
         with replaced_blocks(self.model, self.anatomy, views):
-            logits: Tensor = model(input_ids=dummy, use_cache=False).logits
-        return logits[0]
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits[:, 0]
 
     def _decoder_head(self, hidden: Tensor) -> Tensor:
         model: Any = self.model

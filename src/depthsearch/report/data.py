@@ -23,6 +23,7 @@ _FAMILIES = (
     ("block influence", "block influence"),
     ("single removal", "single removal"),
     ("sweep", "single removal"),
+    ("completed prefix", "completed prefix"),
     ("dense", "dense"),
     ("greedy", "greedy"),
     ("evolution", "evolution"),
@@ -299,7 +300,7 @@ def family(origin: str) -> str:
     for prefix, name in _FAMILIES:
         if origin.startswith(prefix):
             return name
-    words = origin.replace(":", " ").split()
+    words = origin.replace(":", " ").replace(",", " ").split()
     return words[0].lower() if words else "unknown"
 
 

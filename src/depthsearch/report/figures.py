@@ -344,7 +344,11 @@ def overfit_picture(overfit: Mapping[str, Any]) -> Picture:
             axis.set_xscale("log", base=2)
             axis.set_xticks(sizes, [wording.amount(size) for size in sizes])
             axis.minorticks_off()
-            axis.set_ylim(bottom=0)
+            if kind == "kl":
+                axis.set_ylim(bottom=0)
+            else:
+                # A model may predict a text better than the dense one.
+                axis.axhline(0, color=GREY, linewidth=1)
             axis.set_xlabel("tokens the repair is fitted on")
             axis.set_ylabel(label)
         handles, titles = axis.get_legend_handles_labels()

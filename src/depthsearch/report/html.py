@@ -155,7 +155,7 @@ def _tree(run_dir: Path, run: RunData) -> Picture | None:
     except DepthsearchError:
         return None
     assert isinstance(searcher, MctsSearcher)
-    return tree_picture(searcher.tree(), run.space.sites)
+    return tree_picture(searcher.tree(), run.space.sites, run.score)
 
 
 def _render(template: str, **values: Any) -> str:

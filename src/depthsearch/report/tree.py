@@ -11,6 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 
+from depthsearch.report import wording
 from depthsearch.report.drawing import DROPPED, GREY, Picture, canvas, picture
 from depthsearch.space import Mask, Site
 
@@ -71,11 +72,12 @@ def removed_sites(parent: str, child: str, sites: Sequence[Site]) -> str:
     return " ".join(list(names)[:_SHOWN_SITES]) + more
 
 
-def tree_picture(tree: Mapping[str, Any], sites: Sequence[Site]) -> Picture | None:
+def tree_picture(tree: Mapping[str, Any], sites: Sequence[Site], score: str) -> Picture | None:
     """The most visited nodes of a search tree, the dense model on the left.
 
     Lines are removals, dots masks: larger ones were visited more often, and the colour is the
-    lowest loss found below. None for a tree in which nothing was selected yet.
+    lowest loss, of the kind `score`, found below. None for a tree in which nothing was selected
+    yet, or nothing has a loss.
     """
     shown = most_visited(tree)
     if len(shown) < 2:
@@ -83,6 +85,8 @@ def tree_picture(tree: Mapping[str, Any], sites: Sequence[Site]) -> Picture | No
     nodes = tree["nodes"]
     places = _layout(shown, nodes)
     known = [_loss(nodes[key]) for key in shown if nodes[key]["best_loss"] is not None]
+    if not known:
+        return None
     best = min(
         (node["best_loss"], node["best_mask"])
         for node in nodes.values()
@@ -125,7 +129,7 @@ def tree_picture(tree: Mapping[str, Any], sites: Sequence[Site]) -> Picture | No
         axis.set_xticks(range(int(deepest) + 1))
         axis.set_xlabel("removals from the dense model")
         bar = figure.colorbar(colors, ax=axis, fraction=0.025, pad=0.01)
-        bar.set_label("lowest search loss below, nats")
+        bar.set_label(wording.in_unit("lowest search loss below", score))
         ring = Line2D([], [], linestyle="", marker="o", markersize=7, color="white")
         ring.set_markeredgecolor(DROPPED)
         ring.set_label("leads to the best mask")

@@ -74,9 +74,14 @@ def check_options(method: str, options: Options) -> None:
 
 
 def check_space(method: str, options: Options, space: SearchSpace) -> None:
-    """Refuse a space that is too large for its method; raises ConfigError."""
+    """Refuse a space that is too large for its method, or has no window; raises ConfigError."""
     if method == "exhaustive":
         every_mask(space, parse_options(ExhaustiveOptions, method, options))
+    if method in ("windows", "angular_window") and not any(p.windows() for p in space.points):
+        raise ConfigError(
+            f"no contiguous window frees enough for {space.budget.text}: protect fewer sites, keep "
+            "more, or take another search.method"
+        )
 
 
 def needs_sensitivity(method: str) -> bool:

@@ -26,8 +26,9 @@ def window_baselines(space: SearchSpace, hints: Hints) -> tuple[Proposal, ...]:
     """All windows of the space, the smallest angular distance across the gap first.
 
     The first is the window that "The Unreasonable Ineffectiveness of the Deeper Layers" removes.
+    Origins say "filled" where sublayers inside a window fitted back into the budget.
     """
-    ranked = sorted(space.windows(), key=lambda mask: (angular_distance(mask, hints), mask.key))
+    ranked = sorted(space.windows(), key=lambda m: (window_distance(space, m, hints), m.key))
     return tuple(
         Proposal(mask, f"{WINDOW} {span(space, mask)}" + (", best angle" if place == 0 else ""))
         for place, mask in enumerate(ranked)
@@ -46,15 +47,31 @@ def influence_baselines(space: SearchSpace, hints: Hints) -> tuple[Proposal, ...
     return _distinct(Proposal(space.decode(keys), origin) for origin, keys in rankings.items())
 
 
-def angular_distance(mask: Mask, hints: Hints) -> float:
-    """Angular distance of the residual stream across each gap of the mask, summed."""
+def window_distance(space: SearchSpace, mask: Mask, hints: Hints) -> float:
+    """Angular distance of the residual stream from before a window to behind it.
+
+    Also where something inside the window was put back. Where only one kind of sublayer may go, the
+    others within are part of no gap, and the distances across the gaps are added up.
+    """
+    if not mask.dropped:
+        return 0.0
+    if space.granularity in ("sublayer", "block"):
+        return hints.angular[mask.dropped[0]][mask.dropped[-1] + 1]
     return sum(hints.angular[start][stop] for start, stop in mask.runs)
 
 
 def span(space: SearchSpace, mask: Mask) -> str:
-    """The dropped stretch for people: "12-18" in whole blocks, else "12.ffn-18.attention"."""
+    """The dropped stretch for people: "12-18" in whole blocks, else "12.ffn-18.attention".
+
+    With ", filled" behind it where something within the stretch is kept that could be dropped.
+    """
     if not mask.dropped:
         return "of nothing"
+    within = {i for i in space.free if mask.dropped[0] <= i <= mask.dropped[-1]}
+    return _stretch(space, mask) + ("" if within == set(mask.dropped) else ", filled")
+
+
+def _stretch(space: SearchSpace, mask: Mask) -> str:
     first, last = space.sites[mask.dropped[0]], space.sites[mask.dropped[-1]]
     several = len({site.stack for site in space.sites}) > 1
     start = f"{first.stack}.{first.block}" if several else f"{first.block}"

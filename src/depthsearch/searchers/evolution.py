@@ -183,7 +183,7 @@ class Credit:
 def completions(
     space: SearchSpace, ranking: RemovalRanking, elite: Sequence[Mask]
 ) -> tuple[Proposal, ...]:
-    """Greedy prefixes completed by the gap of each of the best masks so far.
+    """Prefixes of single removals completed by the gap of each of the best masks so far.
 
     The first quarter, half and three quarters of what single removals would drop, then the gap
     from its front or from its back until the budget is met.
@@ -203,7 +203,7 @@ def completions(
                 for gene, sites in enumerate(space.genes):
                     if prefix.intersection(sites):
                         keys[gene] = 0.0
-                found.setdefault(space.decode(keys), f"greedy prefix {quarters}/4 + gap")
+                found.setdefault(space.decode(keys), f"completed prefix {quarters}/4 + gap")
     return tuple(Proposal(mask, origin) for mask, origin in found.items())
 
 

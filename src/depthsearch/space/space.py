@@ -250,9 +250,9 @@ class SearchSpace:
     def windows(self) -> tuple[Mask, ...]:
         """Every contiguous run of genes that meets the budget, shortest from each start.
 
-        On a packable space of sublayers only runs of even length. Each is then trimmed and filled
-        so that it is on budget; a run that has to skip a protected site, or to leave its stack, is
-        not contiguous and is left out.
+        On a packable space of sublayers only runs of even length. Each is then trimmed so that it
+        is on budget: from its ends, and inside where a lighter sublayer still fits and neither end
+        does. A run that has to skip a protected site, or to leave its stack, is left out.
         """
         found: dict[Mask, None] = {}
         count, step = len(self.genes), 2 if self._pairs else 1
@@ -390,13 +390,20 @@ class SearchSpace:
         return mask
 
     def _trim(self, mask: Mask) -> Mask:
-        """Put back what fits, nearest to the ends of the dropped run first, so it stays whole."""
-        low, high = mask.dropped[0], mask.dropped[-1]
+        """Put back what fits, ends of the dropped run first; inside, what is nearest to an end."""
+        keep = list(mask.keep)
 
         def nearest_end(units: Sequence[Unit]) -> Unit:
-            return min(units, key=lambda u: (min(u[0] - low, high - u[-1]), -u[0]))
+            left = [i for i, kept in enumerate(keep) if not kept]
+            count = len(units[0])
+            ends = {tuple(left[:count]), tuple(left[-count:]), (left[0], left[-1])}
 
-        return self._grow(list(mask.keep), nearest_end)
+            def order(unit: Unit) -> tuple[bool, int, int]:
+                return unit not in ends, min(unit[0] - left[0], left[-1] - unit[-1]), -unit[0]
+
+            return min(units, key=order)
+
+        return self._grow(keep, nearest_end)
 
     def _removable(self, keep: list[bool]) -> list[Unit]:
         if not self._pairs:
