@@ -65,6 +65,17 @@ def test_the_chat_template_goes_around_the_prompt(tmp_path: Path) -> None:
         found.prompted("{source}", plain, chat=True)
 
 
+def test_a_template_that_says_the_date_says_the_same_every_day(tmp_path: Path) -> None:
+    found = load_parallel(written(tmp_path / "pairs.jsonl"), "cs", "de")
+    dated = tiny_tokenizer()
+    dated.chat_template = (
+        "{%- if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y') }}\n{% endif -%}"
+        "{{ messages[0]['content'] }}"
+    )
+    documents, _ = found.prompted("{source}", dated, chat=True)
+    assert documents.texts[0].startswith("Today: 01 Jan 2025\ndobrý den")
+
+
 def test_columns_and_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "pairs.jsonl")
     with pytest.raises(DataError, match=r"no column 'fr'; it has: cs, de"):

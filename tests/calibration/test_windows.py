@@ -100,6 +100,8 @@ def test_repeated_texts_count_once(make_tokenizer):
     plain = split(Documents.of(texts, "x"), tokenizer)
     repeated = split(Documents.of([*texts, *texts[::-1]], "x"), tokenizer)
     assert plain.fingerprint == repeated.fingerprint
+    spaced = split(Documents.of([*texts, *(f" {text}\n" for text in texts)], "x"), tokenizer)
+    assert plain.fingerprint == spaced.fingerprint
 
 
 def test_an_empty_split_is_allowed(make_tokenizer):

@@ -187,6 +187,16 @@ def test_arms_are_compared(folder: Path, tmp_path: Path) -> None:
     assert "16 tokens read and 16 written" in found["signature"]["heldout_protocol"]
 
 
+def test_an_arm_that_needs_gradients_is_refused_before_any_runs(
+    folder: Path, tmp_path: Path
+) -> None:
+    arms = {"windows": {"method": "windows"}, "gates": {"method": "sensitivity"}}
+    config = config_of(folder, compare={"seeds": [0], "arms": arms})
+    with pytest.raises(ConfigError, match=r"the arm 'gates': search.method sensitivity is there"):
+        compare(config, tmp_path / "run")
+    assert not list(tmp_path.glob("run/arms/*"))
+
+
 def test_a_model_is_described(folder: Path) -> None:
     found = inspect_model(str(folder / "model"))
     assert found["model_class"] == "T5ForConditionalGeneration"

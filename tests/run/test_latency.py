@@ -13,7 +13,7 @@ from tests.tiny_models import save_tiny
 from tests.tiny_runs import workplace_config, write_workplace
 
 from depthsearch.config import RunConfig, load_config
-from depthsearch.errors import BudgetError, InputError, JournalError, ModelError
+from depthsearch.errors import BudgetError, InputError, JournalError, ModelError, StorageError
 from depthsearch.journal import read_journal, without_times
 from depthsearch.model.load import fingerprint
 from depthsearch.run.compare import compare
@@ -117,6 +117,20 @@ class TestMeasuring:
         with pytest.raises(InputError, match="exists already and is never overwritten"):
             write_latency(str(place / "model"), mine)
         assert mine.read_text() == "mine"
+
+    def test_where_nothing_can_be_written_nothing_is_measured(
+        self, place: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("no folder")
+        stages: list[str] = []
+        with pytest.raises(StorageError, match=r"cannot write into .*file: choose another"):
+            write_latency(
+                str(place / "model"),
+                tmp_path / "file" / "table.json",
+                **AT,
+                on_stage=lambda name, done, total: stages.append(name),
+            )
+        assert stages == []
 
     def test_a_failed_measurement_leaves_nothing(self, place: Path, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="exceed the model's 128 positions"):

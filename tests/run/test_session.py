@@ -14,6 +14,7 @@ from depthsearch.config import load_config
 from depthsearch.errors import BudgetError, ConfigError, DataError, MaskError, ModelError
 from depthsearch.evaluation import Racing
 from depthsearch.run.loop import Outcome
+from depthsearch.run.search import shareable_config
 from depthsearch.run.session import Session, best_json, check_search
 from depthsearch.space import Evaluation, Mask
 
@@ -150,6 +151,17 @@ class TestSignature:
         assert str(workplace.parent) not in text
         assert session.model_json["source"] == "model"
         assert session.documents_name == "text.txt"
+
+    def test_it_records_no_password_of_a_storage(self, session: Session, workplace: Path) -> None:
+        optuna = {"method": "optuna", "options": {"storage": "sqlite:///study.db?secret=1234"}}
+        config = workplace_config(
+            workplace, search=optuna, compare={"seeds": [0], "arms": {"tpe": {"method": "optuna"}}}
+        )
+        assert config.compare is not None
+        assert "1234" in str(config.compare.arms["tpe"].options)
+        shared = shareable_config(replace(session, config=config))
+        assert "1234" not in json.dumps(shared)
+        assert json.dumps(shared).count("(not recorded)") == 2
 
     def test_another_text_or_model_is_another_signature(
         self, workplace: Path, tmp_path: Path

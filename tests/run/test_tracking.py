@@ -157,6 +157,19 @@ def test_a_tracker_that_fails_is_given_up_with_one_warning(
     )
 
 
+def test_a_run_has_one_name_from_wherever_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, folder in enumerate((tmp_path, Path())):
+        tracker = Recorder()
+        plan = Plan("evolution", max_evaluations=20, finalists=3)
+        start = {"version": "0", "signature": {}, "config": {}}
+        with tracked(tracker, folder) as on_record:
+            Search(tmp_path / f"journal{place}", plan, start=start).run(on_record)
+        assert tracker.config["run"].startswith(f"{tmp_path.name}-")
+
+
 def test_a_search_that_never_started_is_not_tracked(tmp_path: Path) -> None:
     tracker = Recorder()
     with pytest.raises(StoppedError), tracked(tracker, tmp_path):

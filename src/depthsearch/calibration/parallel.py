@@ -12,6 +12,9 @@ from depthsearch.errors import DataError
 SOURCE = "{source}"
 """What stands for the source in a template."""
 
+_TODAY = "strftime_now"
+_SOME_DAY = "{%- macro strftime_now(form) -%}01 Jan 2025{%- endmacro %}"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -49,13 +52,24 @@ class ParallelText:
                 message = [{"role": "user", "content": prompt}]
                 prompt = str(
                     tokenizer.apply_chat_template(
-                        message, tokenize=False, add_generation_prompt=True
+                        message,
+                        chat_template=_undated(tokenizer.get_chat_template()),
+                        tokenize=False,
+                        add_generation_prompt=True,
                     )
                 )
             glue = "" if chat or prompt[-1:].isspace() else " "
             pairs[f"{prompt}{glue}{target}"] = Pair(prompt, target)
         sides = (side for pair in pairs.values() for side in (pair.prompt, pair.reference))
         return Documents.of(pairs, self.source, (*self.targets, *sides)), pairs
+
+
+def _undated(template: str) -> str:
+    """A chat template to which every day is the same one.
+
+    Templates that tell the model the date would make other documents of one text every day.
+    """
+    return _SOME_DAY + template if _TODAY in template else template
 
 
 def load_parallel(

@@ -55,7 +55,7 @@ class Documents:
     def unlike(self, *known: Documents) -> list[str]:
         """The different texts that none of `known` holds, be it as a part of a document."""
         held = {text.strip() for d in known for text in (*d.texts, *d.parts)}
-        return [text for text in dict.fromkeys(self.texts) if text.strip() not in held]
+        return [text for text in distinct(self.texts) if text.strip() not in held]
 
     def without(self, *known: Documents) -> Documents:
         """Those that none of `known` holds; raises DataError where nothing is left."""
@@ -66,6 +66,14 @@ class Documents:
                 f"{self.source}: every document is also in {sources}; give a text of another kind"
             )
         return Documents.of((t for t in self.texts if t in fresh), self.source, self.parts)
+
+
+def distinct(texts: Iterable[str]) -> list[str]:
+    """The first of each text; white space around it makes no other."""
+    found: dict[str, str] = {}
+    for text in texts:
+        found.setdefault(text.strip(), text)
+    return list(found.values())
 
 
 def load_documents(

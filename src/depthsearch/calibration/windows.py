@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from depthsearch.calibration.pair_rows import PairRows
-from depthsearch.calibration.text import Documents
+from depthsearch.calibration.text import Documents, distinct
 from depthsearch.errors import DataError
 
 HELDOUT_SEED = 20_250_117
@@ -178,7 +178,7 @@ def _dealt(documents: Documents, heldout_fraction: float, seed: int) -> tuple[li
     """The different texts held out, the same for every seed, and the rest shuffled by `seed`."""
     if not 0 < heldout_fraction < 1:
         raise DataError(f"heldout_fraction is {heldout_fraction}; allowed: between 0 and 1")
-    texts = list(dict.fromkeys(documents.texts))
+    texts = distinct(documents.texts)
     if len(texts) < 3:
         raise DataError(
             f"{documents.source}: {len(texts)} different documents found, at least 3 are needed "
@@ -221,7 +221,7 @@ def text_sample(
             f"windows of {window_tokens} tokens in {tokens} tokens of text were asked for; "
             f"allowed: {len(prefix) + 2} or more, and at least one window of text"
         )
-    texts = list(dict.fromkeys(documents.texts))
+    texts = distinct(documents.texts)
     order = np.random.default_rng(HELDOUT_SEED).permutation(len(texts))
     texts = [texts[i] for i in order]
     count = tokens // window_tokens

@@ -20,7 +20,13 @@ import numpy as np
 
 from depthsearch import __version__
 from depthsearch.config import BudgetConfig, RunConfig, SearchConfig, load_config, resolved_yaml
-from depthsearch.errors import ConfigError, InputError, NothingFoundError, RunDirectoryError
+from depthsearch.errors import (
+    ConfigError,
+    InputError,
+    ModelError,
+    NothingFoundError,
+    RunDirectoryError,
+)
 from depthsearch.journal import read_journal
 from depthsearch.run.anytime import improvements, spaced
 from depthsearch.run.arms import arm_config, arm_runs, arm_search, budgets_of, cost_first
@@ -42,7 +48,7 @@ from depthsearch.run.search import Finish, check_limit, check_run, check_unchang
 from depthsearch.run.session import Session, check_search, opened
 from depthsearch.run.spaces import make_space
 from depthsearch.run.standing import NOTHING, measured_entry, ranks_of, section
-from depthsearch.run.tasks import check_task
+from depthsearch.run.tasks import check_task, check_two_stacks
 from depthsearch.run.verdict import ONE_SEED, overall
 from depthsearch.run.workers import check_gradients, check_repair
 
@@ -184,6 +190,8 @@ def _check_runs(config: RunConfig, out: Path, sessions: Sequence[Session]) -> No
             check_unchanged(alone, path)
             continue
         try:
+            if alone.anatomy.encoder_blocks:
+                check_two_stacks(alone.config)
             check_run(alone)
         except InputError as error:
             raise type(error)(f"the arm '{run.title}': {_said(config, error)}") from error
@@ -228,7 +236,7 @@ def _run_all(
         try:
             alone = replace(sessions[run.place], config=arm_config(config, run, chosen))
             _run_arm(alone, path, on_progress, finish)
-        except (ConfigError, NothingFoundError) as error:
+        except (ConfigError, NothingFoundError, ModelError) as error:
             if run.arm == setter and len(sessions) == 1:
                 raise NothingFoundError(
                     f"the arm '{run.arm}', whose cost the others get, failed with seed "

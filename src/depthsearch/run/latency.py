@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,10 @@ def write_latency(
     """
     if occupied(out):
         raise InputError(f"{out} exists already and is never overwritten: choose another --out")
+    # Found out now rather than when all is measured; a folder is only made for a finished table.
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise StorageError(f"cannot write into {there}: choose another --out")
     with torch_threads(threads):
         loaded = load_model(source, dtype, device, revision)
         require_decoder_only(loaded.model, "depthsearch latency")

@@ -285,7 +285,9 @@ def shareable_config(session: Session) -> dict[str, Any]:
         config["calibration"]["fit_text"] = text_name(session.fit_other.documents)
     if session.latency is not None:
         config["space"]["latency"] = session.latency.name
-    if config["search"]["options"].get("storage") is not None:
-        # Its URL may hold a password.
-        config["search"]["options"]["storage"] = "(not recorded)"
+    arms = (config["compare"] or {}).get("arms", {})
+    for search in (config["search"], *arms.values()):
+        if search["options"].get("storage") is not None:
+            # Its URL may hold a password.
+            search["options"]["storage"] = "(not recorded)"
     return config

@@ -81,7 +81,7 @@ def tracked(tracker: Tracker | None, run: Path) -> Iterator[OnRecord]:
     Steps that a resumed search only repeats were passed on before. Leaving the context finishes the
     tracker, however the search ended. Warns once when the tracker fails, and never raises for it.
     """
-    feed = _Feed(tracker, run.name)
+    feed = _Feed(tracker, run.absolute().name)
     try:
         yield feed.take
     finally:
