@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--heldout", type=int, default=16384)
     parser.add_argument("--price", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--set", action="append", default=[], help="key=value, as of a search")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     result = Bench(chosen).result()
@@ -75,7 +76,7 @@ class Bench:
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         self._chosen = chosen
-        self._session = Session.open(load_config(chosen.config))
+        self._session = Session.open(load_config(chosen.config, chosen.set))
         self._masks = {
             name: Mask.from_key(key)
             for name, key in (entry.rsplit("=", 1) for entry in chosen.mask)

@@ -46,7 +46,10 @@ def test_the_distance_of_a_window_is_across_all_of_it() -> None:
     assert window_distance(toy(4), Mask.from_key("10101011"), hints) == 106
     assert window_distance(toy(4), toy(4).dense, hints) == 0
     attention = toy(4, Budget("kv_bytes", ratio=0.5), "attention")
-    assert window_distance(attention, Mask.dropping(8, (2, 4)), hints) == 203 + 405
+    free = toy(4, Budget("kv_bytes", ratio=0.5))
+    for space in (attention, free):
+        assert window_distance(space, Mask.dropping(8, (2, 4)), hints) == 203 + 405
+    assert span(free, Mask.dropping(8, (2, 4))) == "1.attention-2.attention"
 
 
 def test_the_best_angle_is_that_across_a_filled_window() -> None:

@@ -50,14 +50,24 @@ def influence_baselines(space: SearchSpace, hints: Hints) -> tuple[Proposal, ...
 def window_distance(space: SearchSpace, mask: Mask, hints: Hints) -> float:
     """Angular distance of the residual stream from before a window to behind it.
 
-    Also where something inside the window was put back. Where only one kind of sublayer may go, the
-    others within are part of no gap, and the distances across the gaps are added up.
+    Also where something inside the window was put back. Where others lie within that may not go, or
+    cost nothing of the budget, the distances across the gaps between them are added up.
     """
     if not mask.dropped:
         return 0.0
-    if space.granularity in ("sublayer", "block"):
-        return hints.angular[mask.dropped[0]][mask.dropped[-1] + 1]
+    low, high = mask.dropped[0], mask.dropped[-1]
+    if len(_within(space, mask)) == high + 1 - low:
+        return hints.angular[low][high + 1]
     return sum(hints.angular[start][stop] for start, stop in mask.runs)
+
+
+def _within(space: SearchSpace, mask: Mask) -> set[int]:
+    """The sites from the first to the last dropped one that may go and cost of the budget."""
+    return {
+        i
+        for i in range(mask.dropped[0], mask.dropped[-1] + 1)
+        if i in space.free and any(limit.touches((i,)) for limit in space.limits)
+    }
 
 
 def span(space: SearchSpace, mask: Mask) -> str:
@@ -67,8 +77,7 @@ def span(space: SearchSpace, mask: Mask) -> str:
     """
     if not mask.dropped:
         return "of nothing"
-    within = {i for i in space.free if mask.dropped[0] <= i <= mask.dropped[-1]}
-    return _stretch(space, mask) + ("" if within == set(mask.dropped) else ", filled")
+    return _stretch(space, mask) + (", filled" if _within(space, mask) - {*mask.dropped} else "")
 
 
 def _stretch(space: SearchSpace, mask: Mask) -> str:
