@@ -74,7 +74,7 @@ def sizes_picture(found: Mapping[str, Any]) -> Picture:
         left.fill_between(tokens, regret - error, regret + error, color=ACCENT, alpha=0.18, lw=0)
         left.plot(tokens, regret, color=ACCENT, marker="o", markersize=5)
         left.axhline(0, color=GREY, linewidth=1)
-        left.set_ylabel(wording.in_unit("expected held-out regret", found["objective"]))
+        left.set_ylabel(f"expected held-out regret, {wording.loss_unit(found['objective'])}")
         right.plot(
             tokens,
             [100 * row["favourite_share"] for row in rows],
@@ -125,9 +125,9 @@ def gaps_picture(found: Mapping[str, Any]) -> Picture:
         axis.scatter([], [], s=52, color=DROPPED, marker="D", label="a sample's winner")
         loss_axis(axis, "x", *ends)
         loss_axis(axis, "y", *ends)
-        kind = found["objective"]
-        axis.set_xlabel(wording.in_unit(f"loss on a sample ({kind})", kind))
-        axis.set_ylabel(wording.in_unit("loss on held-out text", kind))
+        unit = wording.loss_unit(found["objective"])
+        axis.set_xlabel(f"loss on a sample ({found['objective']}), {unit}")
+        axis.set_ylabel(f"loss on held-out text, {unit}")
         figure.legend(loc="outside right upper")
         return picture(figure, "Held-out loss of every mask against its loss on each sample.")
 

@@ -75,7 +75,7 @@ def front_picture(run: RunData) -> Picture | None:
                     weight="bold",
                 )
             axis.set_xlabel(f"{wording.metric_name(metric)}, % of the dense model's")
-            axis.set_ylabel(f"{wording.in_unit('search loss', run.score)}\n({run.score})")
+            axis.set_ylabel(f"search loss, {wording.loss_unit(run.score)}\n({run.score})")
             highest = max((e.best.evaluation.loss or 0.0 for e in entries if e.best), default=0.0)
             losses = [e.loss or 0.0 for e in known]
             # What lies far above the answers would squeeze them flat.
@@ -89,7 +89,7 @@ def front_picture(run: RunData) -> Picture | None:
         figure.legend(handles=handles, loc="outside lower center", ncol=4)
         said = "; ".join(
             f"{entry.number}: {entry.space.budget.text}, "
-            f"{wording.in_unit(wording.loss(entry.best.evaluation.loss), run.score)}"
+            f"{wording.loss(entry.best.evaluation.loss)} {wording.loss_unit(run.score)}"
             for entry in entries
             if entry.best is not None
         )

@@ -98,7 +98,7 @@ def pairs_picture(run: RunData) -> Picture | None:
                 x, y = place(entry.best.evaluation)
                 axis.plot([x], [y], marker=marker, markersize=6.5, color=color, zorder=3)
                 labels.setdefault((x, y), []).append(entry.number)
-                loss = wording.in_unit(wording.loss(y), run.score)
+                loss = f"{wording.loss(y)} {wording.loss_unit(run.score)}"
                 said.append(f"{entry.number}: {entry.space.budget.text}, {loss}")
         for spot, numbers in labels.items():
             axis.annotate(
@@ -109,7 +109,7 @@ def pairs_picture(run: RunData) -> Picture | None:
                 weight="bold",
             )
         axis.set_xlabel(f"{wording.metric_name(first.metric)}, % of the dense model's")
-        axis.set_ylabel(f"{wording.in_unit('search loss', run.score)}\n({run.score})")
+        axis.set_ylabel(f"search loss, {wording.loss_unit(run.score)}\n({run.score})")
         answers = [e.best.evaluation.loss or 0.0 for e in run.front if e.best is not None]
         losses = [e.loss or 0.0 for e in known]
         # What lies far above the answers would squeeze them flat.

@@ -129,7 +129,7 @@ def tree_picture(tree: Mapping[str, Any], sites: Sequence[Site], score: str) -> 
         axis.set_xticks(range(int(deepest) + 1))
         axis.set_xlabel("removals from the dense model")
         bar = figure.colorbar(colors, ax=axis, fraction=0.025, pad=0.01)
-        bar.set_label(wording.in_unit("lowest search loss below", score))
+        bar.set_label(f"lowest search loss below, {wording.loss_unit(score)}")
         ring = Line2D([], [], linestyle="", marker="o", markersize=7, color="white")
         ring.set_markeredgecolor(DROPPED)
         ring.set_label("leads to the best mask")

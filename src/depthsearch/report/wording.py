@@ -74,13 +74,6 @@ def loss_unit(kind: str) -> str:
     return _LOSSES.get(kind, (kind, ""))[1]
 
 
-def in_unit(text: str, kind: str) -> str:
-    """A loss, or the name of one, with the unit of losses of that kind: "search loss, nats"."""
-    unit = loss_unit(kind)
-    number = text[:1].isdigit() or text.startswith(MINUS)
-    return f"{text}{' ' if number else ', '}{unit}" if unit else text
-
-
 def signed(value: float) -> str:
     """A difference with its sign always shown."""
     return f"{'+' if value >= 0 else MINUS}{abs(value):.4f}"

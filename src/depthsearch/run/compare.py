@@ -48,7 +48,7 @@ from depthsearch.run.search import Finish, check_limit, check_run, check_unchang
 from depthsearch.run.session import Session, check_search, opened
 from depthsearch.run.spaces import make_space
 from depthsearch.run.standing import NOTHING, measured_entry, ranks_of, section
-from depthsearch.run.tasks import check_task, check_two_stacks
+from depthsearch.run.tasks import check_task
 from depthsearch.run.verdict import ONE_SEED, overall
 from depthsearch.run.workers import check_gradients, check_repair
 
@@ -190,8 +190,6 @@ def _check_runs(config: RunConfig, out: Path, sessions: Sequence[Session]) -> No
             check_unchanged(alone, path)
             continue
         try:
-            if alone.anatomy.encoder_blocks:
-                check_two_stacks(alone.config)
             check_run(alone)
         except InputError as error:
             raise type(error)(f"the arm '{run.title}': {_said(config, error)}") from error

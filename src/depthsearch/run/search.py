@@ -34,6 +34,7 @@ from depthsearch.run.ledger import Ledger, difference
 from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, check_cost
 from depthsearch.run.session import Session, best_json, opened
 from depthsearch.run.sharing import search_identity
+from depthsearch.run.tasks import check_two_stacks
 from depthsearch.run.tracking import Tracker, open_tracker, tracked
 from depthsearch.searchers import check_space, check_storage, needs_limit
 from depthsearch.space import Mask
@@ -86,6 +87,9 @@ def check_limit(search: SearchConfig, arm: str | None = None) -> None:
 def check_run(session: Session) -> None:
     """Refuse what would only fail later, before anything is created; raises InputError."""
     search = session.config.search
+    if session.anatomy.encoder_blocks:
+        # Opening a session asked this of the search alone, not of the arms of a comparison.
+        check_two_stacks(session.config)
     check_space(search.method, search.options, session.space)
     splits = session.splits(search.seed)
     select, finals = session.backends(splits, search.seed)
