@@ -51,7 +51,7 @@ def test_mistakes_end_with_one_line_and_two(run: Path, tmp_path: Path, cli: Cli)
     for arguments, message in (
         ((tmp_path / "missing",), "is not a run directory"),
         ((bare,), "holds no evaluations yet"),
-        ((broken,), "line 2 is not a JSON object"),
+        ((broken,), "line 2 is no record of a journal"),
         ((run, "--workers", "1,many"), "--workers is '1,many'"),
     ):
         shown = cli("feed", *arguments)

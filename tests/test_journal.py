@@ -129,7 +129,20 @@ def test_a_last_line_of_garbage_is_cut_too(path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("damage", [b"{]", b"\xff\xfe", b"", b"5", b'["op"]', b"null"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"{]",
+        b"\xff\xfe",
+        b"",
+        b"5",
+        b'["op"]',
+        b"null",
+        b"{}",
+        b'{"op":"end"}',
+        b'{"op":1,"time":2}',
+    ],
+)
 @pytest.mark.parametrize("line", [1, 2])
 def test_damage_before_the_last_line_is_refused_with_its_place(
     path: Path, damage: bytes, line: int
@@ -219,6 +232,6 @@ def test_a_full_disk_leaves_no_torn_line_and_the_journal_usable(path: Path) -> N
     assert problems == ""
     found = json.loads(output)
     assert found["failed"].startswith(f"cannot write {path}: File too large; free some space")
-    assert f"depthsearch resume {path.parent}" in found["failed"]
+    assert "depthsearch resume RUN" in found["failed"]
     assert found["size"] == before
     assert plain(read_journal(path)) == [*RECORDS, {"op": "end"}]

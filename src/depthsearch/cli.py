@@ -25,7 +25,7 @@ from depthsearch.cli_options import (
     Set,
 )
 from depthsearch.cli_output import Ended, fail, finished, present, say
-from depthsearch.errors import DepthsearchError, InputError, StorageError
+from depthsearch.errors import CONTINUED, DepthsearchError, InputError, StorageError
 from depthsearch.sources import is_disk_full, quiet
 
 _INTERRUPTED = 130
@@ -210,10 +210,14 @@ def export(
 @app.command()
 def front(run: Run, as_json: Json = False) -> None:
     """List the points of a run over several budgets: the best mask at each, by number."""
+    from depthsearch.run.directory import FRONT, understood
     from depthsearch.run.front import read_front
     from depthsearch.tables import front_table
 
-    present(read_front(run), as_json, lambda data: [front_table(data)])
+    found = read_front(run)
+    with understood(run / FRONT):
+        table = front_table(found)
+    present(found, as_json, lambda _: [table])
 
 
 @app.command()
@@ -512,11 +516,7 @@ def main() -> None:
             raise Ended(error.exit_code) from error
         fail(message, error.exit_code)
     except KeyboardInterrupt:
-        fail(
-            "interrupted; a search continues with `depthsearch resume RUN`, a comparison or "
-            "a calibration check with the same command",
-            _INTERRUPTED,
-        )
+        fail(f"interrupted; {CONTINUED}", _INTERRUPTED)
     except OSError as error:
         if is_disk_full(error):
             fail(f"the disk is full: {error}", StorageError.exit_code)

@@ -23,6 +23,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+CONTINUED = (
+    "a search continues with `depthsearch resume RUN`, a comparison or a calibration check with "
+    "the same command"
+)
+"""How to go on with what has ended before its time."""
+
 
 class DepthsearchError(Exception):
     """Root of the tree: catch it to catch everything depthsearch raises on purpose."""

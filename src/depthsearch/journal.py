@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from depthsearch.errors import DepthsearchError, JournalError, StorageError
+from depthsearch.errors import CONTINUED, DepthsearchError, JournalError, StorageError
 
 Record = dict[str, Any]
 
@@ -93,8 +93,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, end)
             raise StorageError(
-                f"cannot write {self.path}: {error.strerror}; free some space, then "
-                f"`depthsearch resume {self.path.parent}`"
+                f"cannot write {self.path}: {error.strerror}; free some space; {CONTINUED}"
             ) from error
         return stamped
 
@@ -141,7 +140,7 @@ def _parse(path: Path, data: bytes) -> tuple[list[Record], int]:
             if number == len(lines) - 1 and not lines[-1]:
                 break
             raise JournalError(
-                f"{path}, line {number} is not a JSON object: the journal is damaged; restore "
+                f"{path}, line {number} is no record of a journal: it is damaged; restore "
                 "it from a copy, or start a new run"
             ) from error
         records.append(record)
@@ -150,11 +149,17 @@ def _parse(path: Path, data: bytes) -> tuple[list[Record], int]:
 
 
 def _record(line: bytes) -> Record:
-    """One line parsed; raises ValueError unless it is a JSON object of finite numbers."""
+    """One line parsed; raises ValueError unless it is an object with `op` and `time`, in JSON."""
     record = json.loads(line.decode(), parse_constant=_refused)
     if not isinstance(record, dict):
         raise ValueError(f"{type(record).__name__} where an object is wanted")
+    if not isinstance(record.get("op"), str) or not _is_number(record.get("time")):
+        raise ValueError("no record: 'op' or 'time' is missing or of the wrong type")
     return record
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _refused(constant: str) -> float:

@@ -134,6 +134,44 @@ def test_what_exists_beside_the_run_file_becomes_absolute(write: Write, tmp_path
     assert config.model.path == "some/model"
 
 
+def test_a_link_keeps_its_name(write: Write, tmp_path: Path) -> None:
+    """A cache of the hub holds links to files that are named by their hash."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/5e3b").write_text("a text", encoding="utf-8")
+    (tmp_path / "snapshot").symlink_to("blobs")
+    (tmp_path / "snapshot/notes.txt").symlink_to("5e3b")
+    text = MINIMAL.replace("notes", "snapshot/notes.txt").replace("some/model", "blobs/..")
+    config = load_config(write(text))
+    assert config.calibration.text == str(tmp_path / "blobs/notes.txt")
+    assert config.model.path == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("url", "placed"),
+    [
+        ("sqlite:///study.db", "sqlite:///{}/study.db"),
+        ("sqlite+pysqlite:///a/study.db?timeout=3", "sqlite+pysqlite:///{}/a/study.db?timeout=3"),
+        ("journal:study.log", "journal:{}/study.log"),
+        *((url, url) for url in ("sqlite:////a/b.db", "sqlite:///:memory:", "sqlite://")),
+        *((url, url) for url in ("sqlite:///file:x?uri=true", "journal:/a/b", "mysql://h/db")),
+    ],
+)
+def test_files_of_optuna_are_those_of_the_working_directory(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, placed: str
+) -> None:
+    """Wherever a run is resumed, it goes on with the study that it began."""
+    monkeypatch.chdir(tmp_path)
+    search = {"method": "optuna", "options": {"storage": url}}
+    data = yaml.safe_load(MINIMAL) | {"search": search, "compare": {"arms": {"a": search}}}
+    config = load_config(write(to_yaml(data)))
+    monkeypatch.chdir("/")
+    assert config.compare is not None
+    for found in (config, config_from_mapping(config.to_json())):
+        assert found.compare is not None
+        for settings in (found.search, found.compare.arms["a"]):
+            assert settings.options["storage"] == placed.format(tmp_path)
+
+
 def test_paths_are_looked_for_in_the_working_directory_too(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +224,18 @@ def test_paths_are_looked_for_in_the_working_directory_too(
         ("search.=3", ["key=value"]),
         ("search.seed=[", ["--set search.seed=[", "not valid YAML"]),
         pytest.param(f"search.seed={'[' * 3000}", ["nested too deeply"], id="nested"),
+        pytest.param(
+            f"compare={{arms: {{a: {{}}}}, cost_tokens: {'9' * 400}}}",
+            ["compare.cost_tokens", "that a float can hold"],
+            id="a cost beyond floats",
+        ),
+        ("cluster.num_cpus=0.00001", ["cluster.num_cpus is 1e-05", "0.0001"]),
+        (
+            "cluster.num_gpus=0.00001",
+            ["cluster.num_gpus is 1e-05", "must be 0, or at least 0.0001"],
+        ),
+        ("cluster.resources={x: -1}", ["cluster.resources.x is -1", "0.0001"]),
+        ("cluster.resources={CPU: 2}", ["cluster.resources", "set cluster.num_cpus instead"]),
         ("cluster.threads=100000", ["cluster.threads is 100000", "less than or equal to 4096"]),
     ],
 )

@@ -259,3 +259,68 @@ def test_a_batch_is_not_recorded_again_for_less_than_that_costs() -> None:
         crew._later(0.0, Lost(worker, "killed"))
     assert search(found, masks(5), 4, sure=True) == expected(masks(5), 4)
     assert crew.recorded > 4
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("always", [True, False])
+def test_nothing_waits_for_a_worker_that_never_comes_up(workers: int, always: bool) -> None:
+    """The cluster has no room for the last; a mask fails, once or wherever it is tried."""
+    asked = masks(32)
+    failures = 0
+
+    class Full(SimulatedCrew):
+        def start(self, worker: str) -> None:
+            if worker != f"w{workers - 1}":
+                super().start(worker)
+
+    def fates(worker: str, unit: Unit, rng: np.random.Generator) -> str:
+        nonlocal failures
+        if asked[19] in unit.masks and (always or not failures):
+            failures += 1
+            return "failed"
+        return "done"
+
+    crew = Full(workers, loss, fate=fates)
+    found = dispatcher(crew)
+    answers = search(found, asked, 2, sure=True)
+
+    assert list(found.quarantined) == ([asked[19]] if always else [])
+    right = expected(asked, 2)
+    for row in right:
+        row[19] = Answer((), Status.FAILED) if always else row[19]
+    assert answers == right
+    assert found.ready == workers - 1
+    assert crew.now < 1000
+
+
+def test_a_mask_given_up_on_one_text_is_tried_on_another() -> None:
+    asked = masks(8)
+
+    def fates(worker: str, unit: Unit, rng: np.random.Generator) -> str:
+        return "hung" if unit.text == "repaired" and asked[3] in unit.masks else "done"
+
+    found = dispatcher(SimulatedCrew(2, loss, fate=fates), unit_timeout_s=50)
+    repaired = found.compute("repaired", 0, asked, sure=True)
+    assert [answer.status for answer in repaired].count(Status.TIMED_OUT) == 1
+    assert found.compute("repaired", 1, asked, sure=True)[3] == Answer((), Status.TIMED_OUT)
+    assert found.compute("t", 0, asked, sure=True) == expected(asked, 1)[0]
+
+
+def test_counts_begin_anew_for_another_run() -> None:
+    asked = masks(8)
+
+    def fates(worker: str, unit: Unit, rng: np.random.Generator) -> str:
+        return "failed" if unit.batch == 0 and asked[3] in unit.masks else "done"
+
+    found = dispatcher(SimulatedCrew(2, loss, fate=fates))
+    search(found, asked, 1, sure=True)
+    first = found.state()
+    assert first["quarantined"] == [asked[3].key]
+    assert first["units_reissued"]
+
+    found.recount()
+    found.compute("another", 1, asked, sure=True)
+    second = found.state()
+    assert second["quarantined"] == []
+    assert second["units_reissued"] == 0
+    assert 0 < second["units_done"] == sum(worker["units"] for worker in second["workers"])

@@ -43,8 +43,11 @@ def dense():
 
 @pytest.fixture
 def file(dense, tmp_path):
-    """The model as a float32 GGUF file with a byte-level tokenizer."""
-    path = tmp_path / "source" / "Tiny.gguf"
+    return written(dense, tmp_path / "source" / "Tiny.gguf")
+
+
+def written(dense, path, more=None):
+    """The model as a float32 GGUF file with a byte-level tokenizer; `more(writer)` adds to it."""
     path.parent.mkdir()
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_name("tiny")
@@ -87,6 +90,8 @@ def file(dense, tmp_path):
             if ours in ("attn_q", "attn_k"):
                 weight = rotated(weight, HEADS if ours == "attn_q" else KV_HEADS)
             writer.add_tensor(f"blk.{block}.{ours}.weight", np.ascontiguousarray(weight))
+    if more is not None:
+        more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -116,6 +121,45 @@ def test_a_gguf_file_becomes_an_ordinary_checkpoint_once(
     assert again.fingerprint == loaded.fingerprint
     assert (directory / "model.safetensors").stat().st_mtime_ns == written
     assert load_model(str(directory), dtype="bfloat16").fingerprint == loaded.fingerprint
+
+
+def linear(writer, factor=8.0):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(factor)
+
+
+def yarn(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def frequencies(writer, factor=8.0):
+    writer.add_tensor("rope_freqs.weight", np.array([1, 1, factor, factor], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "said"),
+    [
+        (linear, r"\(linear, factor 8\.0\)"),
+        (yarn, r"\(yarn, factor 4\.0\)"),
+        (lambda writer: writer.add_float32("llama.rope.scale_linear", 2.0), "linear, factor 2"),
+        (frequencies, "tensor rope_freqs.weight"),
+    ],
+)
+def test_scaled_rotary_embeddings_are_refused(dense, tmp_path, scaling, said):
+    """The model would be another one: nothing that reads such a file keeps the scaling."""
+    file = written(dense, tmp_path / "scaled" / "Scaled.gguf", scaling)
+    with pytest.raises(ModelError, match=f"Scaled.gguf: .*{said}.*give the model as safetensors"):
+        converted_gguf(file, tmp_path / "cache")
+    assert not list((tmp_path / "cache/converted").iterdir())
+
+
+@pytest.mark.parametrize(
+    "scaling", [lambda writer: linear(writer, 1.0), lambda writer: frequencies(writer, 1.0)]
+)
+def test_a_scaling_by_one_is_none(dense, tmp_path, scaling):
+    file = written(dense, tmp_path / "scaled" / "Scaled.gguf", scaling)
+    assert load_model(str(file), dtype="bfloat16", cache_dir=tmp_path / "cache").model is not None
 
 
 def test_a_changed_file_of_the_same_name_is_converted_anew(file, tmp_path):

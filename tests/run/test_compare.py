@@ -22,6 +22,7 @@ from depthsearch.errors import (
 from depthsearch.journal import read_journal
 from depthsearch.run.compare import compare, read_compare
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL
+from depthsearch.run.heldout import Heldout, measure
 from depthsearch.run.session import Session
 from depthsearch.space import Mask
 
@@ -352,7 +353,8 @@ def test_cost_may_be_fixed_or_left_to_the_search_section(
 
 
 SHORT: dict[str, Any] = {"method": "greedy", "max_evaluations": 1}
-ARMS: dict[str, Any] = {"short": SHORT, "w": {"method": "windows"}}
+WINDOWS = {"method": "windows"}
+ARMS: dict[str, Any] = {"short": SHORT, "w": WINDOWS}
 
 
 class TestArmsThatFail:
@@ -395,3 +397,37 @@ class TestArmsThatFail:
         (failed,) = result["failed"]
         assert failed["name"] == "w"
         assert failed["error"].startswith("the cost of the arm 'b' is ")
+
+    @pytest.mark.parametrize("answer", [True, False])
+    def test_what_overflows_on_heldout_text_is_left_out(
+        self,
+        session: Session,
+        workplace: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        answer: bool,
+    ) -> None:
+        """One window of a mask that was finite on all other text: an arm's answer, or before it."""
+        out, arms = tmp_path / "out", {"r": {"method": "random", "batch": 1}, "w": WINDOWS}
+        bad: list[str] = []
+
+        def overflowing(at: Session, windows: torch.Tensor, runs: Any, on_heldout: Any) -> Heldout:
+            found = measure(at, windows, runs, on_heldout)
+            others = {mask for run in runs[1:] for mask in run.masks}
+            bad.append(
+                runs[0].answer
+                if answer
+                else next(m for m in runs[0].found if m != runs[0].answer and m not in others)
+            )
+            kl = (float("inf"), *found.cut[bad[0]].kl[1:])
+            return Heldout({**found.cut, bad[0]: replace(found.cut[bad[0]], kl=kl)})
+
+        with monkeypatch.context() as patch:
+            patch.setattr("depthsearch.run.compare.measure", overflowing)
+            result = self.compared(session, workplace, out, arms=arms)
+        assert [row["arm"] for row in result["summary"]] == (["w"] if answer else ["r", "w"])
+        shown = [step["mask"] for arm in result["arms"] for step in arm["anytime_heldout"]]
+        assert shown
+        assert bad[0] not in shown
+        assert [lost["name"] for lost in result["failed"]] == (["r"] if answer else [])
+        assert all("load the model in float32" in lost["error"] for lost in result["failed"])

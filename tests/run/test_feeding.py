@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[Any, type[DepthsearchError], str]] = {
     "no journal": (no_journal, RunDirectoryError, "has no journal.jsonl"),
     "no config": (no_config, RunDirectoryError, "has no config.yaml"),
     "a comparison": (comparison, RunDirectoryError, "one of the folders in arms/"),
-    "damaged journal": (damaged, JournalError, "line 2 is not a JSON object"),
+    "damaged journal": (damaged, JournalError, "line 2 is no record of a journal"),
     "other version": (without_losses, JournalError, "another version"),
     "broken mask": (wrong_mask, JournalError, "not a mask key"),
     "empty journal": (lambda run: (run / JOURNAL).write_text(""), JournalError, "no evaluations"),

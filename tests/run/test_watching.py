@@ -177,6 +177,12 @@ class TestFigures:
         assert data["phase"] in PHASES
         assert workers.states == {"busy": 1, "dead": 1}
 
+    def test_a_worker_that_starts_has_no_node_yet(self) -> None:
+        starting = {"id": "w2", "state": "starting", "units": 0, "busy_s": 0.0, "restarts": 0}
+        data = {**WORKERS_JSON, "workers": [*WORKERS_JSON["workers"], starting]}
+        assert Workers.from_json(data).workers[-1].node == ""
+        assert Workers.from_json(data).states == {"busy": 1, "dead": 1, "starting": 1}
+
 
 STEPS = st.lists(
     st.builds(
@@ -300,9 +306,15 @@ class TestWatcher:
         (foreign / CONFIG).write_text("optimizer: {lr: 0.1}\n")
         with pytest.raises(RunDirectoryError, match="has no journal"):
             Watcher(foreign)
-        (foreign / JOURNAL).write_text('{"event": "login"}\n')
+        (foreign / JOURNAL).write_text('{"op": "login", "time": 1}\n')
         with pytest.raises(RunDirectoryError, match="not the journal of a search"):
             Watcher(foreign).look()
+        for start in ("", ', "config": 1', ', "config": {}'):
+            (foreign / JOURNAL).write_text(f'{{"op": "start", "time": 1{start}}}\n')
+            with pytest.raises(
+                RunDirectoryError, match="is damaged, or was written"
+            ):
+                Watcher(foreign).look()
         (foreign / JOURNAL).write_text("no json\n{}\n")
         with pytest.raises(JournalError, match="line 1"):
             Watcher(foreign).look()

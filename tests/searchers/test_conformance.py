@@ -71,8 +71,8 @@ FRONTED: list[Arm] = [
 ]
 """Methods that serve several budgets at once."""
 LIMIT = 70
-DEAR = {"optuna-sampler=gp": 24}
-"""Arms that take long over each mask, and after how many they are stopped."""
+DEAR = {"optuna-sampler=gp": 14}
+"""Arms that take long over each mask once they have 10, and after how many they are stopped."""
 
 
 def arm_name(arm: Arm) -> str:
@@ -308,7 +308,7 @@ def test_reaches_its_bound_on_a_brute_forced_space(arm: Arm, place: int, name: s
     masks = space.enumerate()
     assert masks is not None
     losses = sorted(float(np.mean(landscape.losses(mask))) for mask in masks)
-    limit = 1000 if "random" in arm_name(arm) else 80
+    limit = 1000 if "random" in arm_name(arm) else 40 if arm_name(arm) in DEAR else 80
     record = drive(build(arm, space, landscape), lambda p: landscape.evaluate(p.mask), limit=limit)
     loss = best_final(record).loss
     assert loss is not None
@@ -328,7 +328,7 @@ def asked_by_every_arm() -> dict[str, str]:
                     drive(
                         build(arm, space, landscape),
                         lambda p: landscape.evaluate(p.mask),
-                        limit=40,
+                        limit=min(40, limit_of(arm)),
                     )
                 )
             ]

@@ -31,6 +31,7 @@ _WORDING = (
     ("a integer", "a whole number"),
     ("should", "must"),
 )  # how pydantic says it, how a person who writes YAML does
+_STORAGE_FILE = re.compile(r"(sqlite(?:\+\w+)?:///|journal:)(?!/|:memory:|file:)(.+)")
 _ARM = 2  # position of an arm's name in compare.arms.NAME.key
 
 
@@ -203,12 +204,20 @@ def _find(name: str, folder: Path) -> Path | None:
         with suppress(OSError, RuntimeError):
             path = place / Path(name).expanduser()
             if path.exists():
-                return path.resolve()
+                # A link keeps its name, which says what it is: that of its target may be a hash.
+                plain = path.name not in ("", "..")
+                return path.parent.resolve() / path.name if plain else path.resolve()
     return None
 
 
 def _place_paths(data: dict[str, Any], folder: Path) -> None:
     """Make the paths of what exists absolute, so that a run can be resumed from anywhere."""
+    search, compare = data.get("search"), data.get("compare")
+    arms = compare.get("arms") if isinstance(compare, dict) else None
+    for part in (search, *(arms.values() if isinstance(arms, dict) else ())):
+        options = part.get("options") if isinstance(part, dict) else None
+        if isinstance(options, dict) and isinstance(options.get("storage"), str):
+            options["storage"] = _placed_storage(options["storage"])
     for section, key in (
         ("model", "path"),
         ("space", "latency"),
@@ -219,6 +228,17 @@ def _place_paths(data: dict[str, Any], folder: Path) -> None:
         if isinstance(part, dict) and isinstance(part.get(key), str) and part[key]:
             found = _find(part[key], folder)
             part[key] = str(found) if found else part[key]
+
+
+def _placed_storage(url: str) -> str:
+    """The URL of an Optuna storage, the file that it may name looked for in the working directory.
+
+    Others, such as a server's or one in memory, stay as they are.
+    """
+    found = _STORAGE_FILE.fullmatch(url)
+    here = Path.cwd()
+    # What follows a question mark would be read as settings.
+    return f"{found[1]}{here / found[2]}" if found and "?" not in str(here) else url
 
 
 def _complete_arms(data: dict[str, Any], source: str) -> None:

@@ -13,7 +13,7 @@ from pydantic import (
 
 from depthsearch.config.budgets import FrontConfig, SpaceConfig, check_timed
 from depthsearch.config.searches import CompareConfig, Loss, SearchConfig
-from depthsearch.config.section import MOST_THREADS, Count, Section, Tokens, Whole
+from depthsearch.config.section import LEAST_RESOURCE, MOST_THREADS, Count, Section, Tokens, Whole
 
 
 class ModelConfig(Section):
@@ -159,11 +159,11 @@ class ClusterConfig(Section):
     """auto joins the Ray cluster of this machine; left out, one is started here and ended again"""
     workers: Count | None = None
     """workers to start; left out, as many as the cluster has room for, now and later"""
-    num_cpus: Annotated[float, Field(gt=0)] = 1
+    num_cpus: Annotated[float, Field(ge=LEAST_RESOURCE)] = 1
     """processor cores of one worker"""
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs of one worker, or a share of one; over several, such as 2, its model's blocks spread"""
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: dict[str, Annotated[float, Field(ge=LEAST_RESOURCE)]] = Field(default_factory=dict)
     """custom resources of one worker, by Ray's name for them"""
     threads: Annotated[Count, Field(le=MOST_THREADS)] | None = None
     """processor threads of one worker, or of this process; left out: num_cpus, or torch's choice"""
@@ -182,7 +182,17 @@ class ClusterConfig(Section):
     def _check_gpus(cls, gpus: float) -> float:
         if gpus > 1 and not gpus.is_integer():
             raise ValueError("must be a share of one GPU, such as 0.5, or a whole number")
+        if 0 < gpus < LEAST_RESOURCE:
+            raise ValueError(f"must be 0, or at least {LEAST_RESOURCE:g}")
         return gpus
+
+    @field_validator("resources", mode="after")
+    @classmethod
+    def _check_resources(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+            if name in resources:
+                raise ValueError(f"must not name {name}: set cluster.{key} instead")
+        return resources
 
 
 class TrackingConfig(Section):

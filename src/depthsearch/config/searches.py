@@ -169,4 +169,7 @@ class CompareConfig(Section):
             return value
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"must be a number above 0 or the name of an arm: {', '.join(arms)}")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("must be a number that a float can hold") from None

@@ -23,6 +23,8 @@ def frozen(value: object) -> object:
 
 
 Whole = Annotated[int, BeforeValidator(whole)]
+LEAST_RESOURCE = 1e-4
+"""The smallest share of a resource that Ray tells apart from none."""
 MOST_THREADS = 4096
 """More than any machine has; starting so many more would end in a crash."""
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from depthsearch.errors import ClusterError
+from depthsearch.errors import CONTINUED, ClusterError
 from depthsearch.evaluation.choosing import GRAIN, choose, target
 from depthsearch.evaluation.crew import (
     Answer,
@@ -91,10 +91,11 @@ class Dispatcher:
         self._batch = 0
         self._waited: set[str] = set()
         self._tried: dict[int, frozenset[str]] = {}
-        self._alone: dict[Mask, list[str]] = {}
+        self._alone: dict[tuple[str, Mask], list[str]] = {}
         self._sure = True
         self._least = 1
-        self._quarantined: dict[Mask, tuple[Status, str]] = {}
+        self._quarantined: dict[tuple[str, Mask], tuple[Status, str]] = {}
+        self._given_up: dict[Mask, None] = {}
         self._next_look = clock()
         self._numbers = 0
         self._done = 0
@@ -117,11 +118,11 @@ class Dispatcher:
 
     @property
     def quarantined(self) -> dict[Mask, str]:
-        """Masks given up because whoever tried them failed, each with the last reason."""
-        return {mask: reason for mask, (_, reason) in self._quarantined.items()}
+        """Masks given up on any text because whoever tried them failed, with the last reason."""
+        return {mask: reason for (_, mask), (_, reason) in self._quarantined.items()}
 
     def state(self) -> dict[str, Any]:
-        """Workers and counts, as plain data for JSON."""
+        """Workers and counts since the last `recount`, as plain data for JSON."""
         return {
             "workers": [
                 {
@@ -136,8 +137,15 @@ class Dispatcher:
             "units_done": self._done,
             "units_reissued": self._reissued,
             "units_queued": len(self._pool),
-            "quarantined": [mask.key for mask in self._quarantined],
+            "quarantined": [mask.key for mask in self._given_up],
         }
+
+    def recount(self) -> None:
+        """Begin the counts of `state` anew: another run goes on with the same workers."""
+        self._done = self._reissued = 0
+        self._given_up.clear()
+        for worker in self._workers.values():
+            worker.units, worker.busy_s = 0, 0.0
 
     def start(self) -> None:
         """Start as many workers as there is room for, without waiting for them."""
@@ -213,8 +221,8 @@ class Dispatcher:
         """What is neither known nor being computed; for what is given up, the answer is ready."""
         missing = []
         for mask in order:
-            if self._quarantined and mask in self._quarantined:
-                self._found[batch, mask.key] = Answer((), self._quarantined[mask][0])
+            if self._quarantined and (self._text, mask) in self._quarantined:
+                self._found[batch, mask.key] = Answer((), self._quarantined[self._text, mask][0])
             elif (batch, mask.key) not in self._found and (batch, mask.key) not in out:
                 missing.append(mask)
         return tuple(missing)
@@ -272,9 +280,13 @@ class Dispatcher:
             None if self._sure else self._batch,
             worker.seen.get(self._text, ()),
             self._seers[self._text] if self._progress.busy else {},
-            allowed=lambda run: worker.name not in run.tried or run.tried.issuperset(self._workers),
+            allowed=lambda run: worker.name not in run.tried or self._all_tried(run.tried),
             second=second,
         )
+
+    def _all_tried(self, tried: Collection[str]) -> bool:
+        """Whether every worker that is up is among them; one still starting may never be."""
+        return all(name in tried for name, worker in self._workers.items() if worker.ready)
 
     def _share(self, batch: int) -> float:
         """What is queued and being computed, less what a race may still end, over the workers."""
@@ -354,7 +366,7 @@ class Dispatcher:
         self._progress.finished(unit.work, event.seconds)
         self._tried.pop(unit.number, None)
         for mask, answer in zip(unit.masks, event.answers, strict=True):
-            self._alone.pop(mask, None)
+            self._alone.pop((unit.text, mask), None)
             self._settle(unit, mask, answer)
 
     def _lose(self, worker: _Worker, reason: str, status: Status, tries: int) -> None:
@@ -392,26 +404,31 @@ class Dispatcher:
         tried = self._tried.pop(unit.number, frozenset())
         if len(unit.masks) == 1:
             mask = unit.masks[0]
-            alone = self._alone.setdefault(mask, [])
+            alone = self._alone.setdefault((unit.text, mask), [])
             alone.append(worker)
-            two = len(set(alone)) > 1 or set(alone).issuperset(self._workers)
-            if len(alone) >= tries and two:
-                self._quarantine(mask, status, reason)
+            if len(alone) >= tries and (len(set(alone)) > 1 or self._all_tried(alone)):
+                self._quarantine(unit.text, mask, status, reason)
                 return
         half = len(unit.masks) // 2 if tried else 0
         for masks in (unit.masks[:half], unit.masks[half:]):
             # Who had a mask in company may still have it alone.
-            found = self._alone.get(masks[0], ()) if len(masks) == 1 else tried | {worker}
+            single = len(masks) == 1
+            found = self._alone.get((unit.text, masks[0]), []) if single else tried | {worker}
             self._reissue(unit, masks, found)
 
-    def _quarantine(self, mask: Mask, status: Status, reason: str) -> None:
-        """Answer for a mask nobody could evaluate, and take it out of what is queued."""
-        self._quarantined[mask] = (status, reason)
-        if mask.key in self._masks:
-            for batch in self._open:
-                self._found.setdefault((batch, mask.key), Answer((), status))
-            self._waited.discard(mask.key)
-        self._pool.discard(mask)
+    def _quarantine(self, text: str, mask: Mask, status: Status, reason: str) -> None:
+        """Answer for a mask nobody could evaluate on a text, and take it out of what is queued.
+
+        On another text, which may ask less of a worker, it is tried anew.
+        """
+        self._quarantined[text, mask] = (status, reason)
+        self._given_up[mask] = None
+        if text == self._text:
+            if mask.key in self._masks:
+                for batch in self._open:
+                    self._found.setdefault((batch, mask.key), Answer((), status))
+                self._waited.discard(mask.key)
+            self._pool.discard(mask)
         for place in self._places:
             place.fruitless = 0
 
@@ -421,7 +438,9 @@ class Dispatcher:
         What nobody waits for any more is not.
         """
         wanted = tuple(
-            mask for mask in masks if mask.key in self._masks and mask not in self._quarantined
+            mask
+            for mask in masks
+            if mask.key in self._masks and (unit.text, mask) not in self._quarantined
         )
         if not wanted or unit.text != self._text or unit.batch not in self._open:
             return
@@ -444,12 +463,12 @@ class Dispatcher:
         if not self._workers and self._places:
             raise ClusterError(
                 f"all workers failed, each {self._limits.restarts + 1} times in a row "
-                f"({self._last_reason}); nothing is lost: mend the cause, then `depthsearch resume`"
+                f"({self._last_reason}); nothing is lost: mend the cause; {CONTINUED}"
             )
         if self._clock() - self._waiting_since > self._limits.start_timeout_s:
             raise ClusterError(
                 f"no worker came up in {self._limits.start_timeout_s:g} s"
                 f"{f' ({self._last_reason})' if self._last_reason else ''}: does the cluster have "
                 "what cluster.num_cpus, num_gpus and resources ask for? nothing is lost: "
-                "`depthsearch resume` goes on"
+                f"{CONTINUED}"
             )

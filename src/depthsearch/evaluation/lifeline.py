@@ -6,14 +6,14 @@ import socket
 import time
 from collections.abc import Callable
 
-from depthsearch.errors import ClusterError
+from depthsearch.errors import CONTINUED, ClusterError
 
 Address = tuple[str, int]
 
 _EVERY_S = 1.0
 _GONE = (
-    "{} has died or was killed, and the workers with it; nothing is lost: `depthsearch resume` "
-    "goes on as soon as there is a cluster"
+    "{} has died or was killed, and the workers with it; nothing is lost: as soon as there is a "
+    f"cluster, {CONTINUED}"
 )
 
 

@@ -196,13 +196,13 @@ class RayCrew:
 class Cluster:
     """The crew and the dispatcher of one session; a context manager.
 
-    `on_state` hears every two seconds where things stand; no result depends on it.
+    Who is named by `tell_to` hears every two seconds where things stand; no result depends on it.
     """
 
     def __init__(self, crew: RayCrew) -> None:
         self.crew = crew
         self.dispatcher = Dispatcher(crew, crew.settings.limits, on_change=self._tell)
-        self.on_state: OnState | None = None
+        self._on_state: OnState | None = None
         self._told = 0.0
         self.dispatcher.start()
 
@@ -217,19 +217,24 @@ class Cluster:
     ) -> None:
         self.close()
 
+    def tell_to(self, on_state: OnState) -> None:
+        """Tell the state of this run from now on, its counts from nought."""
+        self.dispatcher.recount()
+        self._on_state, self._told = on_state, 0.0
+
     def close(self) -> None:
         """End the workers, and the cluster where this run joined or started it."""
         self.crew.close()
 
     def _tell(self, dispatcher: Dispatcher) -> None:
         now = time.monotonic()
-        if self.on_state is None or now - self._told < _STATE_EVERY_S:
+        if self._on_state is None or now - self._told < _STATE_EVERY_S:
             return
         self._told = now
         state = dispatcher.state()
         for worker in state["workers"]:
             worker.update(self.crew.about.get(worker["id"], {}))
-        self.on_state({"version": 1, "time": time.time(), **state})
+        self._on_state({"version": 1, "time": time.time(), **state})
 
 
 class RayBackend(Planned[InProcess | Refitted | Written]):

@@ -134,6 +134,7 @@ def _read(file: Path) -> tuple[Any, Any]:
     # The dequantizer draws its progress bar straight on stderr and offers no switch for it.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
+            scaling = _rope_scaling(file)
             loader: Any = AutoModelForCausalLM
             model, info = loader.from_pretrained(
                 file.parent,
@@ -147,6 +148,11 @@ def _read(file: Path) -> tuple[Any, Any]:
                 f"{file}: can't be read as a GGUF model ({one_line(error)}); check that the file "
                 "is whole and its architecture one that transformers converts"
             ) from error
+    if scaling is not None:
+        raise ModelError(
+            f"{file}: its rotary embeddings are scaled ({scaling}), which transformers does not "
+            "read from GGUF files: give the model as safetensors"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -160,6 +166,28 @@ def _read(file: Path) -> tuple[Any, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model.to(torch.bfloat16), tokenizer
+
+
+def _rope_scaling(file: Path) -> str | None:
+    """What the file says of a scaling of its rotary embeddings, None where they are not scaled."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        return None if field is None else field.contents()
+
+    prefix = f"{value('general.architecture')}.rope"
+    kind, factor = value(f"{prefix}.scaling.type"), value(f"{prefix}.scaling.factor")
+    if factor is None:
+        factor = value(f"{prefix}.scale_linear")
+    if kind != "none" and (kind is not None or factor is not None) and factor != 1:
+        return f"{kind or 'linear'}, factor {factor}"
+    for tensor in reader.tensors:
+        if tensor.name.startswith(("rope_freqs", "rope_factors")) and not (tensor.data == 1).all():
+            return f"tensor {tensor.name}"
+    return None
 
 
 def _write(model: Any, tokenizer: Any, directory: Path) -> None:

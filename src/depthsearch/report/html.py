@@ -25,7 +25,7 @@ from depthsearch.report import (
 from depthsearch.report.data import RunData, read_run
 from depthsearch.report.drawing import Picture
 from depthsearch.report.tree import tree_picture
-from depthsearch.run.directory import JOURNAL, sections
+from depthsearch.run.directory import CALIBRATION, COMPARE, JOURNAL, sections, understood
 from depthsearch.run.replaying import replayed
 from depthsearch.searchers.mcts import MctsSearcher
 from depthsearch.space import Mask
@@ -39,6 +39,11 @@ def run_report(run_dir: Path) -> str:
     Raises RunDirectoryError or JournalError where the directory can't be read as a run.
     """
     run = read_run(run_dir)
+    with understood(run_dir):
+        return _run_report(run_dir, run)
+
+
+def _run_report(run_dir: Path, run: RunData) -> str:
     return _render(
         "run.html.j2",
         run=run,
@@ -126,23 +131,27 @@ def _part(compare: Mapping[str, Any]) -> dict[str, Any]:
 
 def compare_report(compare: Mapping[str, Any], out: Path) -> Path:
     """Write the report of a comparison to `out`, a file or a folder, and return its path."""
-    return _write(out / "report.html" if out.is_dir() else out, compare_html(compare))
+    path = out / "report.html" if out.is_dir() else out
+    with understood(path.parent / COMPARE):
+        page = compare_html(compare)
+    return _write(path, page)
 
 
 def calibration_report(found: Mapping[str, Any], out: Path) -> Path:
     """Write the report of a calibration check to the file `out`, and return its path."""
-    page = _render(
-        "calibration.html.j2",
-        found=found,
-        ranks=calibration.ranks_picture(found),
-        curve=calibration.sizes_picture(found),
-        gaps=calibration.gaps_picture(found),
-        samples=calibration.samples_table(found),
-        sizes=calibration.sizes_table(found),
-        masks=calibration.masks_table(found),
-        texts=calibration.texts_table(found),
-        signature=tables.pairs(found["signature"]),
-    )
+    with understood(out.parent / CALIBRATION):
+        page = _render(
+            "calibration.html.j2",
+            found=found,
+            ranks=calibration.ranks_picture(found),
+            curve=calibration.sizes_picture(found),
+            gaps=calibration.gaps_picture(found),
+            samples=calibration.samples_table(found),
+            sizes=calibration.sizes_table(found),
+            masks=calibration.masks_table(found),
+            texts=calibration.texts_table(found),
+            signature=tables.pairs(found["signature"]),
+        )
     return _write(out, page)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from depthsearch.errors import NothingFoundError, RunDirectoryError
-from depthsearch.journal import read_journal
-from depthsearch.run.directory import JOURNAL
+from depthsearch.journal import Record, read_journal
+from depthsearch.run.directory import JOURNAL, understood
 from depthsearch.searchers.baselines import influence_baselines, window_baselines
 from depthsearch.searchers.evolution import Credit, filled
 from depthsearch.searchers.moves import Moves
@@ -83,7 +83,13 @@ def run_masks(run: Path, space: SearchSpace, fingerprint: str) -> tuple[Proposal
         raise RunDirectoryError(
             f"{run} is not a run directory: it has no {JOURNAL}; give one of `depthsearch search`"
         )
-    records = read_journal(run / JOURNAL)
+    with understood(run / JOURNAL):
+        return _run_masks(run, read_journal(run / JOURNAL), space, fingerprint)
+
+
+def _run_masks(
+    run: Path, records: Sequence[Record], space: SearchSpace, fingerprint: str
+) -> tuple[Proposal, ...]:
     start = next((record for record in records if record["op"] == "start"), None)
     if start is not None:
         if start["signature"]["model"]["fingerprint"] != fingerprint:

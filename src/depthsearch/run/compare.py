@@ -28,7 +28,7 @@ from depthsearch.errors import (
     RunDirectoryError,
 )
 from depthsearch.journal import read_journal
-from depthsearch.run.anytime import improvements, spaced
+from depthsearch.run.anytime import Improvement, improvements, spaced
 from depthsearch.run.arms import arm_config, arm_runs, arm_search, budgets_of, cost_first
 from depthsearch.run.borrowed import baseline_names
 from depthsearch.run.directory import (
@@ -53,6 +53,9 @@ from depthsearch.run.verdict import ONE_SEED, overall
 from depthsearch.run.workers import check_gradients, check_repair
 
 OnArm = Callable[[str, int, int, int], OnProgress | None]
+
+OVERFLOW = "its losses on held-out text are not finite: load the model in float32 (model.dtype)"
+"""Said of an arm whose answer can't be measured."""
 
 
 def compare(
@@ -111,7 +114,7 @@ def _compare(
     if not out.exists():
         create_directory(out, {CONFIG: resolved_yaml(config)})
     entries, failed = _run_all(config, out, sessions, on_arm, finish)
-    improved = {}
+    improved: dict[str, list[Improvement]] = {}
     for at, found in zip(sessions, entries, strict=True):
         journals = [read_journal(out / entry["run"] / JOURNAL) for entry in found]
         names = baseline_names(at.space, found, journals)
@@ -135,6 +138,7 @@ def _compare(
         ],
         on_heldout,
     )
+    entries = _leave_out_overflows(entries, failed, improved, heldout)
     measured = [
         [measured_entry(entry, improved[entry["run"]], heldout) for entry in found]
         for found in entries
@@ -258,6 +262,30 @@ def _complete(entries: list[dict[str, Any]], seeds: int) -> list[dict[str, Any]]
     """The runs of the arms that finished with every seed."""
     counts = Counter(entry["name"] for entry in entries)
     return [entry for entry in entries if counts[entry["name"]] == seeds]
+
+
+def _leave_out_overflows(
+    entries: Sequence[Sequence[dict[str, Any]]],
+    failed: Sequence[list[dict[str, Any]]],
+    improved: dict[str, list[Improvement]],
+    heldout: Heldout,
+) -> list[list[dict[str, Any]]]:
+    """The runs of arms whose answers have finite losses on held-out text; others go to `failed`.
+
+    Of masks on the way, those without are no longer shown. Raises NothingFoundError where no arm
+    is left.
+    """
+    whole: list[list[dict[str, Any]]] = []
+    for found, lost in zip(entries, failed, strict=True):
+        bad = [entry for entry in found if not heldout.finite(entry["run"], entry["mask"])]
+        lost += [{"name": e["name"], "seed": e["seed"], "error": OVERFLOW} for e in bad]
+        names = {entry["name"] for entry in bad}
+        whole.append([entry for entry in found if entry["name"] not in names])
+    if not any(whole):
+        raise NothingFoundError(f"no arm finished with every seed; the first: {OVERFLOW}")
+    for run, shown in improved.items():
+        improved[run] = [step for step in shown if heldout.finite(run, step.mask)]
+    return whole
 
 
 def _section(

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,17 @@ def occupied(path: Path) -> bool:
         return path.exists() or path.is_symlink()
     except OSError as error:
         raise StorageError(f"cannot look at {path}: {error.strerror or error}") from error
+
+
+def check_run_directory(path: Path) -> None:
+    """Raise RunDirectoryError unless `path` is the directory of one search."""
+    for name in (CONFIG, JOURNAL):
+        if not (path / name).is_file():
+            what = "a comparison" if (path / ARMS).is_dir() else "not a run directory"
+            raise RunDirectoryError(
+                f"{path} is {what}: it has no {name}; give the --out of `depthsearch search`, or "
+                f"one of the folders in {ARMS}/ of a comparison"
+            )
 
 
 def create_directory(path: Path, files: Mapping[str, str]) -> None:
@@ -100,6 +111,20 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RunDirectoryError(f"{path} is not a JSON object")
     return data
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Bring what a file that holds something else than expected raises down to one line.
+
+    Raises RunDirectoryError with `path` in place of whatever reading plain data ends in.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunDirectoryError(
+            f"{path} is damaged, or was written by another version of depthsearch ({error!r})"
+        ) from error
 
 
 def sections(compare: Mapping[str, Any]) -> list[dict[str, Any]]:

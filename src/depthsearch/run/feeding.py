@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from depthsearch.config import RunConfig, SearchConfig, load_config
-from depthsearch.errors import InputError, JournalError, MaskError, RunDirectoryError
+from depthsearch.errors import InputError, JournalError, MaskError
 from depthsearch.evaluation.feeding import (
     BUSY,
     TOTAL,
@@ -22,7 +22,7 @@ from depthsearch.evaluation.feeding import (
     workers_fed,
 )
 from depthsearch.journal import Record, read_journal
-from depthsearch.run.directory import ARMS, CONFIG, JOURNAL
+from depthsearch.run.directory import CONFIG, JOURNAL, check_run_directory
 from depthsearch.run.tasks import scores_text
 from depthsearch.space import Evaluation, Status
 
@@ -145,13 +145,7 @@ def read_asked(run: Path) -> Asked:
     Raises RunDirectoryError where there is no run, ConfigError or JournalError where it can't be
     read or nothing was evaluated yet, InputError where the weights were streamed.
     """
-    for name in (CONFIG, JOURNAL):
-        if not (run / name).is_file():
-            what = "a comparison" if (run / ARMS).is_dir() else "not a run directory"
-            raise RunDirectoryError(
-                f"{run} is {what}: it has no {name}; give the --out of `depthsearch search`, or "
-                f"one of the folders in {ARMS}/ of a comparison"
-            )
+    check_run_directory(run)
     config = load_config(run / CONFIG)
     if config.model.streamed:
         raise InputError(

@@ -29,7 +29,7 @@ from depthsearch.quality import (
     perplexity,
     score_written,
 )
-from depthsearch.run.directory import BEST, JOURNAL, REPAIR, read_json, write_json
+from depthsearch.run.directory import BEST, JOURNAL, REPAIR, read_json, understood, write_json
 from depthsearch.run.fits import fit_name
 from depthsearch.run.front import find_point
 from depthsearch.run.latency import beside_prediction
@@ -120,6 +120,8 @@ def export_run(
             )
         return card_figures(rows, latency)
 
+    with understood(run / JOURNAL):
+        searched = to_yaml(read_journal(run / JOURNAL)[0]["config"])
     reads, writes = config.calibration.languages
     data = CardData(
         origin=best["origin"],
@@ -130,7 +132,7 @@ def export_run(
         fitted_on=fit_name(session.documents_name, best["signature"]["data"].get("fit")),
         toward_text=config.search.toward_text,
         command=f"depthsearch search config.yaml --out run && depthsearch export run model{option}",
-        config=to_yaml(read_journal(run / JOURNAL)[0]["config"]),
+        config=searched,
         languages=(reads, writes) if reads and writes else None,
         starts=() if session.rows is None else session.rows.starts,
     )
@@ -176,8 +178,21 @@ def finished_run(run: Path) -> tuple[RunConfig, dict[str, Any]]:
     best = read_json(
         run / BEST, f"it has not finished; continue it with `depthsearch resume {run}`"
     )
+    with understood(run / BEST):
+        _check(best)
     model = config.model.model_copy(update={"dtype": best["signature"]["dtype"]})
     return config.model_copy(update={"model": model}), best
+
+
+def _check(best: Mapping[str, Any]) -> None:
+    """Look at all that is taken from best.json later; raises what plain data raises."""
+    repair = best.get("repair") or {"sha256": ""}
+    texts = (best["mask"], best["origin"], best["signature"]["dtype"], repair["sha256"])
+    mappings = (best["budget"], best["signature"]["data"], best["signature"]["model"], repair)
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("mask, origin, signature.dtype or repair.sha256 is no text")
+    if not all(isinstance(part, Mapping) for part in mappings):
+        raise TypeError("budget, repair or a part of the signature is no mapping")
 
 
 def check_tokens(windows: Tensor, model: Any) -> Tensor:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from depthsearch import __version__
 from depthsearch.config import BudgetConfig, FrontConfig
 from depthsearch.errors import ConfigError, RunDirectoryError
-from depthsearch.run.directory import BEST, FRONT, read_json
+from depthsearch.run.directory import BEST, FRONT, check_run_directory, read_json, understood
 from depthsearch.run.points import FrontPoint
 from depthsearch.space import (
     Budget,
@@ -167,11 +167,17 @@ def _answer_json(answer: FrontPoint) -> dict[str, Any]:
 
 def read_front(run: Path) -> dict[str, Any]:
     """front.json of a finished run; raises RunDirectoryError where it has none."""
+    check_run_directory(run)
     if not (run / BEST).is_file():
         raise RunDirectoryError(
             f"{run} has no {BEST}: it has not finished; continue it with `depthsearch resume {run}`"
         )
-    return read_json(run / FRONT, "it searched one budget; list others in the section front")
+    front = read_json(run / FRONT, "it searched one budget; list others in the section front")
+    with understood(run / FRONT):
+        known = {"point", "budget", "budget_text", "mask", "own"}
+        if not all(known <= point.keys() for point in front["points"]):
+            raise ValueError("a point lacks what is known of each")
+    return front
 
 
 def find_point(run: Path, number: int | None, budget: str | None) -> dict[str, Any]:

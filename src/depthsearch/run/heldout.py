@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,11 @@ class Heldout:
     def of(self, run: str, mask: str) -> Figures:
         """What `mask` is worth as a result of `run`."""
         return self.repaired.get((run, mask), self.cut[mask])
+
+    def finite(self, run: str, mask: str) -> bool:
+        """Whether every figure of `mask` is a number, as cut and as a result of `run`."""
+        figures = (self.cut[mask], self.of(run, mask))
+        return all(math.isfinite(loss) for found in figures for loss in (*found.kl, *found.ce))
 
 
 def measure(

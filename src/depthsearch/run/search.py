@@ -23,6 +23,7 @@ from depthsearch.run.directory import (
     JOURNAL,
     REPAIR,
     WORKERS,
+    check_run_directory,
     create_directory,
     occupied,
     read_json,
@@ -141,12 +142,7 @@ def resume(
 
 def run_config(out: Path) -> RunConfig:
     """The configuration of a run directory; raises RunDirectoryError."""
-    for name in (CONFIG, JOURNAL):
-        if not (out / name).is_file():
-            raise RunDirectoryError(
-                f"{out} is not a run directory: it has no {name}; start one with "
-                f"`depthsearch search CONFIG --out {out}`"
-            )
+    check_run_directory(out)
     return load_config(out / CONFIG)
 
 

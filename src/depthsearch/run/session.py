@@ -289,7 +289,7 @@ class Session:
     def tell_workers_to(self, on_state: Callable[[dict[str, Any]], None]) -> None:
         """Have the state of the workers told from now on, if there are any."""
         if self.workers.cluster is not None:
-            self.workers.cluster.on_state = on_state
+            self.workers.cluster.tell_to(on_state)
 
     def metrics(self, run: str) -> Metrics | None:
         """Ray's metrics for the run of that name, None without workers."""

@@ -19,7 +19,7 @@ from depthsearch.errors import ConfigError, RunDirectoryError
 from depthsearch.journal import Record, read_journal
 from depthsearch.run.arms import arm_runs
 from depthsearch.run.course import Course, Step
-from depthsearch.run.directory import ARMS, BEST, COMPARE, CONFIG, JOURNAL, WORKERS
+from depthsearch.run.directory import ARMS, BEST, COMPARE, CONFIG, JOURNAL, WORKERS, understood
 
 WAITING, STARTED, SEARCHING, FINALS, DONE, STALLED = PHASES = (
     "waiting",
@@ -73,7 +73,7 @@ class Workers:
         workers = tuple(
             Worker(
                 str(w["id"]),
-                str(w["node"]),
+                str(w.get("node", "")),  # known once it is up
                 str(w["state"]),
                 int(w["units"]),
                 float(w["busy_s"]),
@@ -264,7 +264,8 @@ class Watcher:
     def look(self, now: float | None = None) -> RunState | CompareState:
         """The state at `now` (Unix seconds), the present by default.
 
-        Raises JournalError for a damaged journal, RunDirectoryError for a run that has vanished.
+        Raises JournalError for a damaged journal, RunDirectoryError for a run that has vanished or
+        holds something else.
         """
         now = time.time() if now is None else now
         if not self._compare:
@@ -281,15 +282,16 @@ class Watcher:
         records = self._records(path / JOURNAL)
         if records and records[0].get("op") != "start":
             raise RunDirectoryError(f"{path / JOURNAL} is not the journal of a search")
-        config = records[0]["config"] if records else load_config(path / CONFIG).to_json()
-        return run_state(
-            name,
-            records,
-            config["search"],
-            now,
-            finished=(path / BEST).is_file(),
-            workers=_workers(path / WORKERS),
-        )
+        with understood(path / JOURNAL):
+            config = records[0]["config"] if records else load_config(path / CONFIG).to_json()
+            return run_state(
+                name,
+                records,
+                config["search"],
+                now,
+                finished=(path / BEST).is_file(),
+                workers=_workers(path / WORKERS),
+            )
 
     def _records(self, path: Path) -> list[Record]:
         try:

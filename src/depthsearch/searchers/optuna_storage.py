@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from depthsearch.errors import ConfigError, StorageError
+from depthsearch.errors import CONTINUED, ConfigError, StorageError
 from depthsearch.searchers.optuna_samplers import OptunaOptions, need_package, quiet
 from depthsearch.space import SearchSpace
 
@@ -298,7 +298,7 @@ def _working(options: OptunaOptions) -> Iterator[None]:
         raise StorageError(
             f"the Optuna storage ({scheme}:...) failed "
             f"({'the study was deleted' if gone else type(error).__name__}): the journal is "
-            "complete, so put the storage right, then `depthsearch resume` the run"
+            f"complete, so put the storage right; {CONTINUED}"
         ) from error
 
 
