@@ -200,6 +200,8 @@ def export(
     lines: list[Any] = [figures_table(summary["rows"])] if summary["rows"] else []
     if result.unmeasured is not None:
         lines.append(f"Not measured: {result.unmeasured}")
+    if summary["unrecorded"] is not None:
+        lines.append(f"Not in the report of the run: {summary['unrecorded']}")
     lines += [prediction_text(summary["latency"])] if summary["latency"] else []
     if result.verification is not None:
         lines.append(f"Equal to the masked model: {result.verification.text}")
@@ -260,8 +262,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity, size, speed and memory of a checkpoint.
 
-    With --target-column it is the perplexity of targets behind their sources, and with --written
-    also chrF++ of what the model writes for them. The other options of both need --target-column.
+    With --target-column an encoder-decoder is scored on targets behind their sources, any other
+    model on prompts with their targets as running text; with --written also by chrF++ of what it
+    writes for the prompts. The other options of both need --target-column.
     """
     from depthsearch.run.evaluating import Targets, evaluate_checkpoint
     from depthsearch.tables import figures_table

@@ -83,8 +83,13 @@ def test_columns_and_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"set column to one of: cs, de"):
         load_parallel(path, None, "de")
     (tmp_path / "plain.txt").write_text("one\n\ntwo", encoding="utf-8")
-    with pytest.raises(DataError, match=r"column 'de' asked for, but txt files have none"):
-        load_parallel(str(tmp_path / "plain.txt"), None, "de")
+    for column in ("de", "text"):
+        with pytest.raises(DataError, match=r"txt files have no columns, so no text with what"):
+            load_parallel(str(tmp_path / "plain.txt"), None, column)
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}', encoding="utf-8")
+    for column in (None, "text"):
+        with pytest.raises(DataError, match=r"column 'text' would be both"):
+            load_parallel(str(tmp_path / "one.jsonl"), column, "text")
     (tmp_path / "half.jsonl").write_text('{"cs": "a", "de": " "}\n{"cs": " ", "de": "b"}')
     with pytest.raises(DataError, match=r"no row has text both"):
         load_parallel(str(tmp_path / "half.jsonl"), "cs", "de")

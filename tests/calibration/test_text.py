@@ -172,6 +172,13 @@ def test_numbers_that_no_table_holds(tmp_path):
     assert "can't be read (Python int too large" in fails(path)
 
 
+@pytest.mark.parametrize("value", ["null", "1", '"x"'])
+def test_lines_that_are_no_objects(value, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"\n{value}\n")
+    assert f'wanted an object a line, such as {{"text": ...}}: got {value}' in fails(str(path))
+
+
 def test_text_in_another_encoding(tmp_path):
     path = tmp_path / "data.txt"
     path.write_bytes("größer".encode("latin-1"))

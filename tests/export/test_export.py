@@ -188,6 +188,22 @@ def test_overwrite_replaces_an_earlier_export_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_overwrite_through_a_link_replaces_what_it_leads_to(tmp_path: Path) -> None:
+    loaded, anatomy = tiny_loaded("llama")
+    out, link = tmp_path / "disk/small", tmp_path / "small"
+    export(loaded, anatomy, keeping(PACKABLE), out, check=False)
+    link.symlink_to(out)
+
+    result = export(loaded, anatomy, keeping("11 00 00 11"), link, overwrite=True, check=False)
+
+    assert result.path == out
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "small"]
+    assert list(out.parent.iterdir()) == [out]
+    assert len(result.plan.pairs) == 2
+    assert json.loads((link / "config.json").read_text())["num_hidden_layers"] == 2
+
+
 def test_the_base_model_is_not_overwritten(tmp_path: Path) -> None:
     loaded, anatomy = tiny_loaded("llama", 2)
     out = export(loaded, anatomy, keeping("11 11"), tmp_path / "base", check=False).path

@@ -97,6 +97,8 @@ def test_unknown_device_and_dtype():
         resolve_dtype("int8", torch.device("cpu"))
     with pytest.raises(ModelError, match="allowed: auto, cpu"):
         resolve_device("abacus")
+    with pytest.raises(ModelError, match="allowed: auto, cpu"):
+        resolve_device("meta")
     with pytest.raises(ModelError, match="CUDA devices are visible"):
         resolve_device("cuda:99")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,44 @@ class TestExport:
         with pytest.raises(RunDirectoryError, match="not a run directory"):
             export_run(tmp_path / "nowhere", tmp_path / "small")
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            {"signature": 5},
+            {"signature": {"data": {}, "model": {}}},
+            {"mask": None},
+            {"repair": {"kind": "gap"}},
+        ],
+    )
+    def test_a_result_that_is_something_else_is_refused(
+        self, packable: Path, tmp_path: Path, damage: dict[str, Any]
+    ) -> None:
+        run = tmp_path / "run"
+        shutil.copytree(packable, run)
+        best = json.loads((run / BEST).read_text()) | damage
+        (run / BEST).write_text(json.dumps(best))
+        with pytest.raises(RunDirectoryError, match=r"best\.json is damaged"):
+            export_run(run, tmp_path / "small")
+        assert not (tmp_path / "small").exists()
+
+    def test_it_is_kept_where_memory_or_the_run_refuses_figures(
+        self, packable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = tmp_path / "run"
+        shutil.copytree(packable, run)
+        (run / "export.json").unlink(missing_ok=True)
+        (run / "export.json").mkdir()
+
+        def full(*_: object, **__: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr("depthsearch.run.figures.measure_speed", full)
+        result, summary = export_run(run, tmp_path / "small")
+        assert "memory does not suffice" in str(summary["unmeasured"])
+        assert "cannot write" in str(summary["unrecorded"])
+        assert (tmp_path / "small/depthsearch.json").is_file()
+        assert result.verification is not None
 
     def test_an_existing_directory_is_refused(self, packable: Path, tmp_path: Path) -> None:
         (tmp_path / "mine.txt").write_text("mine")

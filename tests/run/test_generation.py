@@ -199,6 +199,10 @@ def test_the_command(workplace: Path, cli: Cli, tmp_path: Path, written: Path) -
     [
         (("--tokens", 0), "--tokens is 0; allowed: 1 or more"),
         (("--temperature", 0), "--temperature is 0; allowed: above 0"),
+        (
+            ("--temperature", 1e-40, "--tokens", 8, "--window-tokens", 8),
+            "--temperature is 1e-40: the model's logits overflow",
+        ),
         (("--seed", -1), "--seed is -1"),
     ],
 )

@@ -311,9 +311,7 @@ class TestWatcher:
             Watcher(foreign).look()
         for start in ("", ', "config": 1', ', "config": {}'):
             (foreign / JOURNAL).write_text(f'{{"op": "start", "time": 1{start}}}\n')
-            with pytest.raises(
-                RunDirectoryError, match="is damaged, or was written"
-            ):
+            with pytest.raises(RunDirectoryError, match="is damaged, or was written"):
                 Watcher(foreign).look()
         (foreign / JOURNAL).write_text("no json\n{}\n")
         with pytest.raises(JournalError, match="line 1"):

@@ -82,7 +82,8 @@ def load_parallel(
     """Read sources and targets row by row, from what `load_documents` reads but txt.
 
     Rows with a blank side are left out, and of a repeated source all but the first, so that none
-    can stand on both sides of a split. Raises DataError where nothing usable is found.
+    can stand on both sides of a split. Raises DataError where nothing usable is found, or where one
+    column would be both.
     """
     (sources, targets), name = load_columns(text, (column, target_column), split, subset)
     found: dict[str, str] = {}

@@ -17,6 +17,8 @@ from depthsearch.sources import is_disk_full, is_path, one_line, quiet
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 _ALLOWED = "txt, jsonl, json, csv, parquet"
+_WITH_COLUMNS = "jsonl, json, csv or parquet"
+_SHOWN = 60
 _READ_ERRORS = (
     OSError,
     ValueError,
@@ -113,6 +115,11 @@ def load_columns(
                 f"{text}: can't be read ({one_line(error, 160)}); give a text that you may read"
             ) from error
         if files[0].suffix.lower() == ".txt":
+            if len(columns) > 1:
+                raise DataError(
+                    f"{text}: txt files have no columns, so no text with what should be written "
+                    f"for it; give a {_WITH_COLUMNS} file"
+                )
             named = [column for column in columns if column not in (None, "text")]
             if named:
                 raise DataError(
@@ -127,7 +134,13 @@ def load_columns(
         source = f"{source}:{split}"
         with _reading(text, hub=True):
             dataset = _hub(text, subset, split)
-    return tuple(_column(dataset, column, text) for column in columns), source
+    names = [_column_name(dataset, column, text) for column in columns]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"{text}: column {names[0]!r} would be both the text and what should be written for "
+            "it; name two columns"
+        )
+    return tuple(list(dataset[name]) for name in names), source
 
 
 def _files(text: str) -> list[Path]:
@@ -174,10 +187,22 @@ def _local(files: list[Path]) -> Any:
         rows = _json_rows(files)
         if rows is not None:
             return Dataset.from_list(rows)
+    if kind in (".json", ".jsonl"):
+        for file in files:
+            _check_lines(file)
     readers = {".csv": Dataset.from_csv, ".parquet": Dataset.from_parquet}
     names = [str(file) for file in files if file.stat().st_size > 0]
     with tempfile.TemporaryDirectory(prefix="depthsearch-") as scratch:
         return readers.get(kind, Dataset.from_json)(names, cache_dir=scratch, keep_in_memory=True)
+
+
+def _check_lines(file: Path) -> None:
+    """Raise DataError where the first line is a plain value, which may crash the reader."""
+    with file.open(encoding="utf-8-sig") as lines:
+        first = next((line.strip() for line in lines if line.strip()), "{")
+    if not first.startswith(("{", "[")):
+        shown = first if len(first) <= _SHOWN else f"{first[:_SHOWN]}..."
+        raise DataError(f'{file}: wanted an object a line, such as {{"text": ...}}: got {shown}')
 
 
 def _json_rows(files: list[Path]) -> list[dict[str, object]] | None:
@@ -216,7 +241,7 @@ def _hub(name: str, subset: str | None, split: str) -> Any:
     return load_dataset(name, subset, split=split)
 
 
-def _column(dataset: Any, column: str | None, source: str) -> Sequence[object]:
+def _column_name(dataset: Any, column: str | None, source: str) -> str:
     features = dataset.features
     strings = [
         name
@@ -241,7 +266,7 @@ def _column(dataset: Any, column: str | None, source: str) -> Sequence[object]:
             f"{source}: column {column!r} holds {getattr(features[column], 'dtype', 'lists')}, "
             f"not text; columns of text: {', '.join(strings) or 'none'}"
         )
-    return list(dataset[column])
+    return column
 
 
 @contextmanager

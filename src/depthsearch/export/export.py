@@ -73,6 +73,9 @@ def export(
     for a failed check; StorageError for a full disk.
     """
     out, card = Path(out).expanduser().absolute(), card or CardData()
+    if out.is_dir():
+        # A link stays one, and what it leads to is replaced.
+        out = out.resolve()
     plan = plan_native(anatomy, mask)
     check_target(out, overwrite)
     if out.exists() and Path(loaded.source).expanduser().resolve() == out.resolve():

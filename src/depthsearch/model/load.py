@@ -131,8 +131,10 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:<n>") from error
+    except RuntimeError:
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise ModelError(f"device is {device!r}; allowed: auto, cpu, cuda, cuda:<n>, mps, xpu")
     cards = torch.cuda.device_count() if chosen.type == "cuda" else 0
     if chosen.type == "cuda" and (chosen.index or 0) >= cards:
         raise ModelError(f"device is {device!r}, but {cards} CUDA devices are visible; use auto")

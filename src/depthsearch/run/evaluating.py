@@ -17,7 +17,7 @@ from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.calibration.windows import text_sample, text_windows
 from depthsearch.errors import InputError
 from depthsearch.model.load import LoadedModel, load_model
-from depthsearch.run.figures import OnStage, measure_beside
+from depthsearch.run.figures import OnStage, measure_beside, memory_suffices
 from depthsearch.run.tasks import make_rows
 
 
@@ -84,6 +84,10 @@ def evaluate_checkpoint(
         sample = _sample(loaded, found, targets, window_tokens, tokens)
     except InputError as error:
         raise type(error)(_as_options(str(error))) from None
+    with memory_suffices():
+        rows = measure_beside(
+            loaded, sample.windows, task=sample.task, repeats=repeats, on_stage=on_stage
+        )
     return {
         "version": __version__,
         "text": found.source,
@@ -93,9 +97,7 @@ def evaluate_checkpoint(
             name: {"source": m.source, "revision": m.revision, "fingerprint": m.fingerprint}
             for name, m in loaded.items()
         },
-        "rows": measure_beside(
-            loaded, sample.windows, task=sample.task, repeats=repeats, on_stage=on_stage
-        ),
+        "rows": rows,
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from depthsearch import __version__
 from depthsearch.calibration.tasks import Task
 from depthsearch.config import RunConfig, to_yaml
+from depthsearch.errors import ModelError, StorageError
+from depthsearch.evaluation.samples import is_out_of_memory
 from depthsearch.export import CardData, ExportResult, Figure, export
 from depthsearch.journal import read_journal
 from depthsearch.model.anatomy import context_window
@@ -120,6 +123,10 @@ def export_run(
             )
         return card_figures(rows, latency)
 
+    def measured(directory: Path) -> tuple[Figure, ...]:
+        with memory_suffices():
+            return figures(directory)
+
     with understood(run / JOURNAL):
         searched = to_yaml(read_journal(run / JOURNAL)[0]["config"])
     reads, writes = config.calibration.languages
@@ -147,7 +154,7 @@ def export_run(
         tokens=check_tokens(splits.heldout, session.loaded.model)
         if splits.window_tokens >= _CHECK_TOKENS
         else None,
-        measure=figures,
+        measure=measured,
         patches=patches,
     )
     summary = {
@@ -163,9 +170,27 @@ def export_run(
         "rows": rows,
         "latency": latency or None,
         "unmeasured": result.unmeasured,
+        "unrecorded": None,
     }
-    write_json(run / summary_name, summary)
+    try:
+        write_json(run / summary_name, summary)
+    except StorageError as error:
+        # The export is whole: it may be of somebody else's run.
+        summary["unrecorded"] = str(error)
     return result, summary
+
+
+@contextmanager
+def memory_suffices() -> Iterator[None]:
+    """Bring memory that runs out while models are measured down to one line; a ModelError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            "memory does not suffice to measure these models: free some, or choose another device"
+        ) from error
 
 
 def finished_run(run: Path) -> tuple[RunConfig, dict[str, Any]]:

@@ -140,7 +140,15 @@ def _texts(loaded: LoadedModel, options: GenerateOptions) -> Iterator[tuple[str,
         # Each batch is seeded anew, so that a longer text begins with a shorter one.
         torch.manual_seed((1_000_003 * options.seed + number) % _SEEDS)
         with torch.inference_mode():
-            found = model.generate(start, attention_mask=torch.ones_like(start))
+            try:
+                found = model.generate(start, attention_mask=torch.ones_like(start))
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise InputError(
+                    f"--temperature is {options.temperature:g}: the model's logits overflow when "
+                    "they are divided by it; raise it, or load the model in float32 (--dtype)"
+                ) from error
         batch = 0
         for row in found[:, len(ids) :].tolist():
             stop = next((place for place, token in enumerate(row) if token in ends), len(row))
