@@ -85,7 +85,10 @@ def compared(folder: Path, budget: str, settings: Sequence[str]) -> dict[str, An
         of = "model" if metric == "keep_latency" else "blocks"
         for setting in (*settings, f"space.budget={{{metric}: {share}, of: {of}}}"):
             command += ["--set", setting]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=sys.stderr)
+        code = subprocess.run(command, check=False, cwd=ROOT, stdout=sys.stderr).returncode
+        if code:
+            # The program has said why.
+            raise SystemExit(code)
     return read_compare(folder)
 
 
