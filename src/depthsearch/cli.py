@@ -23,6 +23,7 @@ from depthsearch.cli_options import (
     Revision,
     Run,
     Set,
+    Unfinished,
 )
 from depthsearch.cli_output import Ended, fail, finished, present, say
 from depthsearch.errors import CONTINUED, DepthsearchError, InputError, StorageError
@@ -141,7 +142,7 @@ def resume(run: Run) -> None:
 
 
 @app.command()
-def compare(config: Config, out: Out, override: Set = None, as_json: Json = False) -> None:
+def compare(config: Config, out: Unfinished, override: Set = None, as_json: Json = False) -> None:
     """Run several methods at equal cost, with several seeds and at one or more budgets, and compare
     them on held-out text.
 
@@ -441,7 +442,7 @@ def overfit(
 @app.command()
 def calibrate_check(
     config: Config,
-    out: Out,
+    out: Unfinished,
     run: Annotated[
         Path | None, typer.Option(help="Run directory whose best masks are taken in.")
     ] = None,

@@ -10,6 +10,9 @@ import typer
 Config = Annotated[Path, typer.Argument(help="Run configuration, a YAML file.")]
 Model = Annotated[str, typer.Argument(help="Hub id, directory or GGUF file.")]
 Out = Annotated[Path, typer.Option("--out", help="New directory; never an existing one.")]
+Unfinished = Annotated[
+    Path, typer.Option("--out", help="New directory, or that of the same command, interrupted.")
+]
 Run = Annotated[Path, typer.Argument(help="Run directory of `depthsearch search`.")]
 Set = Annotated[
     list[str] | None,

@@ -38,7 +38,7 @@ class Metrics:
         self._try(lambda: self._set_state(state))
 
     def tell_progress(self, evaluations: int, cost_tokens: float, best_loss: float | None) -> None:
-        """Masks judged so far, their cost, and the lowest loss in nats of those on budget."""
+        """Masks judged so far, their cost, and the lowest loss of those on budget."""
         values = {"evaluations": float(evaluations), "cost_tokens": cost_tokens}
         if best_loss is not None:
             values["best_loss"] = best_loss
@@ -50,7 +50,7 @@ class Metrics:
             "units_queued": "Units that no worker has yet",
             "evaluations": "Masks judged so far",
             "cost_tokens": "Cost so far: tokens through the dense model that would cost as much",
-            "best_loss": "Lowest loss so far among the masks on budget, in nats",
+            "best_loss": "Lowest loss so far among the masks on budget, in its unit: nats for KL",
         }.items():
             self._gauges[name] = Gauge(f"depthsearch_{name}", said, tag_keys=("run",))
         self._gauges["workers"] = Gauge(
