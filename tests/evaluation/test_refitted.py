@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from tests.tiny_models import keeping, tiny_ids, tiny_model
 from depthsearch.calibration.objectives import OBJECTIVES
 from depthsearch.errors import DataError, UnsupportedModelError
 from depthsearch.evaluation import Refitted
+from depthsearch.evaluation.fitting import FitText
 from depthsearch.evaluation.refitting import RefitWalk
+from depthsearch.evaluation.stepping import Stepper
 from depthsearch.evaluation.turns import Repair, steps_of
 from depthsearch.model.anatomy import describe
 from depthsearch.model.families import FAMILIES
@@ -253,3 +256,31 @@ def test_what_cannot_be_repaired_is_refused() -> None:
         Refitted(whole, FIT, "gap")
     with pytest.raises(DataError, match=r"calibration\.fit_tokens"):
         Refitted(tiny_backend(model=tiny_model("llama")), FIT[:3], "gap")
+
+
+@pytest.mark.parametrize("repair", KINDS)
+@pytest.mark.parametrize("blocks", [4, 12])
+def test_states_of_the_judged_text_go_once_it_has_moved_on(blocks: int, repair: Repair) -> None:
+    """Behind the last gap too, where the fit text stays where it was."""
+    judge = tiny_backend(model=tiny_model("llama", blocks))
+    recording = judge.recording(0)
+    stepper = Stepper(judge.replayer, Mode.SITE)
+    seen: list[weakref.ref[torch.Tensor]] = []
+    left: list[int] = []
+
+    class Watched(Stepper):
+        def run(self, *arguments: Any) -> torch.Tensor:
+            hidden = super().run(*arguments)
+            seen.append(weakref.ref(hidden))
+            return hidden
+
+    walk = RefitWalk(
+        stepper.steps, repair, Watched(judge.replayer, Mode.SITE), FitText(stepper, FIT, 128)
+    )
+    walk.run(
+        [Mask.dropping(2 * blocks, [2, 3])],
+        ((recording.calls, recording.first),),
+        lambda *_: left.append(sum(state() is not None for state in seen)),
+    )
+    assert len(seen) == 2 * blocks - 2
+    assert left == [1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.evaluation.test_refitted import FAMILIES_REPAIRED, FIT, SITES
@@ -71,6 +73,37 @@ def test_a_gap_is_counted_once() -> None:
     assert backend.prepare([Mask.dense(SITES)]) == 0
     assert tiny_backend().prepare([first]) == 0
     assert backend.preparation > tiny_backend().preparation
+
+
+@pytest.mark.parametrize("room", [0, 20_000])
+def test_what_is_forgotten_is_fitted_again_to_the_same(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is bounded in a long search, and neither losses nor costs tell."""
+    masks = assorted_masks(SITES)
+    kept = tiny_backend(fit=FIT)
+    expected = [by_sequence(kept, mask) for mask in masks]
+    costs = [kept.prepare([mask]) for mask in masks]
+    monkeypatch.setattr("depthsearch.evaluation.tabled._ROOM_BYTES", room)
+    monkeypatch.setattr("depthsearch.evaluation.tabled._ROOM_SHARE", 0.0)
+    backend = tiny_backend(fit=FIT)
+    table = backend._table
+    assert table is not None
+    fitted: list[int] = []
+    fit = table._fit.fit
+
+    def counted(step: int, kept: Any, targets: Any, states: Any) -> Any:
+        fitted.append(step)
+        return fit(step, kept, targets, states)
+
+    monkeypatch.setattr(table._fit, "fit", counted)
+    for _ in range(2):
+        assert [by_sequence(backend, mask) for mask in masks] == expected
+        sizes = [p.weight.numel() * 4 for p in table._patches.values() if p is not None]
+        last = len(table._gaps(masks[-1:]))
+        assert sum(sizes) <= room or len(table._patches) == last
+    assert len(fitted) > len(table._gaps(masks))
+    assert [backend.prepare([mask]) for mask in masks] == costs
 
 
 def test_the_model_is_as_it_was() -> None:

@@ -116,6 +116,11 @@ def test_influence_by_site_and_by_block() -> None:
     assert per_cost(space, (0.3, 0.3, 0.3, 0.3)) == pytest.approx((0.6, 0.2, 0.6, 0.2))
 
 
+def test_of_two_equal_gains_the_one_that_frees_more_is_the_larger() -> None:
+    space = toy(2)
+    assert per_cost(space, (-0.3,) * 4) == pytest.approx((-0.15, -0.45, -0.15, -0.45))
+
+
 def test_block_influence_counts_free_sites_only() -> None:
     space = toy(3, protected=(2,))
     hints = hints_with_influence([0.1, 0.2, 0.4, 0.1, 0.1, 0.1])

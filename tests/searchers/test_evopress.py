@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from landscapes import Landscape, drive, proposals, toy
@@ -105,3 +107,24 @@ def test_a_screen_of_nothing_is_refused() -> None:
     for share in (0.0, 1.5):
         with pytest.raises(ConfigError, match="option 'screen' is above 0, at most 1"):
             EvoPressOptions(screen=share)
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_as_large_a_share_goes_on_where_a_generation_is_asked_for_in_parts(n: int) -> None:
+    """Of 16 offspring 2 are judged on all text, so of each part at least an eighth is."""
+    space = toy(8, Budget("sites", drop=6))
+    landscape = Landscape(len(space.sites), 0)
+    options = {"offspring": 16, "screen": 0.25}
+    searcher = build_searcher(
+        "evopress", space, landscape.hints(), np.random.default_rng(0), options
+    )
+    whole = build_searcher("evopress", space, landscape.hints(), np.random.default_rng(0), options)
+    first = whole.ask()
+    (stage,) = first.stages
+    asked = 0
+    while asked < len(first.proposals):
+        batch = searcher.ask(n)
+        asked += len(batch.proposals)
+        share = stage.survivors * len(batch.proposals) / len(first.proposals)
+        assert batch.stages == (Stage(0.25, max(1, math.ceil(share))),)
+        searcher.tell([landscape.evaluate(proposal.mask) for proposal in batch.proposals])

@@ -26,7 +26,7 @@ HELDOUT_SEED = 20_250_117
 """Fixes which documents are held out, whatever the seed of a run."""
 
 _DOCUMENTS_AT_ONCE = 64
-_ORDER = 2
+_ORDER, _FINALS = 2, 5
 """Sets the order of the windows apart from other draws of one seed."""
 _OTHERS = 3
 _BLOCK = 20
@@ -113,9 +113,9 @@ def make_splits(
     fit, _ = packer.pack(rest[used + more :], own_tokens, "fit")
     if fit_other is not None and any(theirs):
         fit = fit_other.mixed_into(fit, theirs, documents, packer, seed)
-    # A race judges by the first windows, which must stand for all: neighbours share a document.
-    order = np.random.default_rng([seed, _ORDER]).permutation(len(select))
-    select = select[torch.from_numpy(order)]
+    # Races and finals judge by the first windows, which must stand for all: neighbours share a
+    # document.
+    select, finals = (_mixed(part, seed, n) for part, n in ((select, _ORDER), (finals, _FINALS)))
     digest = hashlib.sha256(f"window={window_tokens}".encode())
     for windows in (select, finals, heldout, *([fit] if len(fit) else [])):
         digest.update(len(windows).to_bytes(8, "little"))
@@ -131,6 +131,12 @@ def make_splits(
         tuple(rest[used : used + more]),
         tuple(held[:judged]),
     )
+
+
+def _mixed(windows: Tensor, seed: int, stream: int) -> Tensor:
+    """The windows in an order drawn by `seed`, each stream of draws one of its own."""
+    order = np.random.default_rng([seed, stream]).permutation(len(windows))
+    return windows[torch.from_numpy(order)]
 
 
 def draw_windows(

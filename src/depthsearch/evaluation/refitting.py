@@ -47,19 +47,27 @@ class Tally:
 
 
 @dataclass
-class Prefix:
-    """What one prefix came to: judged states by batch, patches so far, and the fit text's states.
+class Trail:
+    """Where the fit text stands at one prefix, or how to bring it there from an earlier one.
 
-    The latter are computed when a fit first asks for them: nobody does behind a mask's last gap,
-    and the `dense` prefix (up to that step) is there already.
+    States are computed when a fit first asks for them: nobody does behind a mask's last gap, and
+    those of the `dense` prefix (up to that step) are there already. It knows nothing of the judged
+    text, whose states may go while a trail is kept.
     """
+
+    dense: int | None
+    origin: tuple[Trail, int, Turn, Patch | None] | None = None
+    states: States = ()
+    known: bool = False
+
+
+@dataclass
+class Prefix:
+    """What one prefix came to: judged states by batch, patches so far, and the fit text's trail."""
 
     judged: tuple[Tensor, ...]
     patches: tuple[Patch, ...]
-    dense: int | None
-    origin: tuple[Prefix, int, Turn, Patch | None] | None = None
-    states: States = ()
-    known: bool = False
+    trail: Trail
     fits: dict[tuple[int, Turn], Patch | None] = field(default_factory=dict)
 
 
@@ -85,7 +93,7 @@ class RefitWalk:
             return self._advance(calls, step, turn, prefix)
 
         walk = PrefixWalk(self._steps, advance, self._repair, self._fit_all)
-        walk.run(masks, Prefix(tuple(first for _, first in judged), (), 0), leaf)
+        walk.run(masks, Prefix(tuple(first for _, first in judged), (), Trail(0)), leaf)
         self.tally.judged = walk.executed
 
     def _fit_all(self, step: int, turns: Sequence[Turn], prefix: Prefix) -> None:
@@ -100,7 +108,7 @@ class RefitWalk:
             self.tally.factors[site] += factors(len(aims))
             self.tally.solves[site] += len(aims)
             self._ran(step, kept)
-            states = self._states(prefix)
+            states = self._states(prefix.trail)
             if self._fit is None:
                 continue
             for turn, patch in self._fit.fit(step, kept, sorted(aims), states).items():
@@ -117,25 +125,25 @@ class RefitWalk:
                     stepper.run(call, step, turn.kept, hidden)
                     for call, hidden in zip(calls, judged, strict=True)
                 )
-        if prefix.dense == step and turn.target is None and all(turn.kept):
-            return Prefix(judged, prefix.patches, step + 1)
+        if prefix.trail.dense == step and turn.target is None and all(turn.kept):
+            return Prefix(judged, prefix.patches, Trail(step + 1))
         patches = prefix.patches if patch is None else (*prefix.patches, patch)
-        return Prefix(judged, patches, None, (prefix, step, turn, patch))
+        return Prefix(judged, patches, Trail(None, (prefix.trail, step, turn, patch)))
 
-    def _states(self, prefix: Prefix) -> States:
-        """The fit text's states at `prefix`, moved there now where that was not done yet."""
-        if prefix.dense is not None:
-            return () if self._fit is None else self._fit.dense(prefix.dense)
-        if not prefix.known:
-            assert prefix.origin is not None
-            before, step, turn, patch = prefix.origin
+    def _states(self, trail: Trail) -> States:
+        """The fit text's states at a prefix, moved there now where that was not done yet."""
+        if trail.dense is not None:
+            return () if self._fit is None else self._fit.dense(trail.dense)
+        if not trail.known:
+            assert trail.origin is not None
+            before, step, turn, patch = trail.origin
             states = self._states(before)
             self._ran(step, turn.kept)
             if self._fit is not None:
                 with self._with(patch):
-                    prefix.states = self._fit.advance(step, turn, states)
-            prefix.known, prefix.origin = True, None
-        return prefix.states
+                    trail.states = self._fit.advance(step, turn, states)
+            trail.known, trail.origin = True, None
+        return trail.states
 
     def _ran(self, step: int, kept: Sequence[bool]) -> None:
         """Count the sites that the fit text passes in one step."""

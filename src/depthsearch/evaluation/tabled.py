@@ -22,16 +22,30 @@ from depthsearch.space import Mask
 Gap = tuple[int, Turn]
 """The step that mends a gap, and its turn, which names where the gap ends."""
 
+_ROOM_SHARE, _ROOM_BYTES = 0.5, 1 << 30
+"""Refitted weights that are kept: as much as so much of the model's own, or so much if more."""
+
 
 class RepairTable:
     """The refitted projection of every gap asked for, fitted on the windows `fit`.
 
+    Those used last are kept, `room_bytes` of them and those of the masks at hand at least; others
+    are fitted again when they are asked for, to the same weights and at no cost that is counted.
     Raises UnsupportedModelError for a model that can't be repaired.
     """
 
     def __init__(
-        self, stepper: Stepper, accounting: Accounting, fit: Tensor, batch_tokens: int
+        self,
+        stepper: Stepper,
+        accounting: Accounting,
+        fit: Tensor,
+        batch_tokens: int,
+        room_bytes: int | None = None,
     ) -> None:
+        if room_bytes is None:
+            own = sum(p.numel() * p.element_size() for p in stepper.replayer.model.parameters())
+            room_bytes = max(_ROOM_BYTES, int(_ROOM_SHARE * own))
+        self._room_bytes = room_bytes
         self._stepper = stepper
         self._accounting = accounting
         self._fit = FitText(stepper, fit, batch_tokens)
@@ -63,12 +77,24 @@ class RepairTable:
 
     def fit(self, masks: Sequence[Mask]) -> None:
         """Fit what is missing for `masks`, with one Gram matrix for all gaps after one step."""
-        missing = self._gaps(masks) - self._patches.keys()
+        gaps = self._gaps(masks)
+        missing = gaps - self._patches.keys()
         for (step, kept, given), targets in sorted(_by_gram(missing).items()):
             found = self._fit.fit(step, kept, sorted(targets), self._fit.dense(given))
             for turn, patch in found.items():
                 at = None if given == step else given
                 self._patches[step, replace(turn, given=at)] = patch
+        self._make_room(gaps)
+
+    def _make_room(self, gaps: set[Gap]) -> None:
+        """Forget the patches used longest ago, but none of `gaps`, until the others fit."""
+        for gap in gaps:
+            self._patches[gap] = self._patches.pop(gap)
+        size = sum(map(_bytes, self._patches.values()))
+        for gap in list(self._patches):
+            if size <= self._room_bytes or gap in gaps:
+                return
+            size -= _bytes(self._patches.pop(gap))
 
     def applied(self, step: int, turn: Turn) -> AbstractContextManager[None]:
         """The model with the repair of one turn, where there is one."""
@@ -85,6 +111,11 @@ class RepairTable:
             for step, turn in enumerate(turns_of(mask, self._stepper.steps, "table"))
             if turn.target is not None
         }
+
+
+def _bytes(patch: Patch | None) -> int:
+    parts = () if patch is None else (patch.weight, patch.bias, patch.norm)
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
 def _by_gram(gaps: set[Gap]) -> dict[tuple[int, tuple[bool, ...], int], list[int]]:

@@ -35,11 +35,13 @@ def block_influence_keys(space: SearchSpace, hints: Hints) -> tuple[float, ...]:
 def per_cost(space: SearchSpace, keys: Sequence[float]) -> tuple[float, ...]:
     """Each gene's key per unit of budget it frees, in units of the mean freed cost.
 
-    A gene that frees nothing keeps its own key, as it is never dropped alone.
+    A gene that frees nothing keeps its own key, as it is never dropped alone. Of two equal gains,
+    which are keys below zero, the one that frees more is the larger, as for `price`.
     """
     freed = [freed_share(space, space.dense.without(gene)) for gene in space.genes]
     mean = sum(freed) / len(freed) or 1.0
-    return tuple(k * mean / f if f else k for k, f in zip(keys, freed, strict=True))
+    shares = [f / mean if f else 1.0 for f in freed]
+    return tuple(k * s if k < 0 else k / s for k, s in zip(keys, shares, strict=True))
 
 
 def removal_keys(

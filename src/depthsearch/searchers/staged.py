@@ -7,10 +7,13 @@ generators that yield a `Batch` and receive the evaluations of its masks; this f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
 
 from depthsearch.searchers.protocol import check_ask, check_tell
-from depthsearch.space import Batch, Evaluation, Mask, Proposal, Status
+from depthsearch.space import Batch, Evaluation, Mask, Proposal, Stage, Status
 
 Answers = Mapping[Mask, Evaluation]
 """The evaluations of a batch by mask, earlier ones included; a mask that was cut is missing."""
@@ -29,6 +32,7 @@ class StagedSearcher:
         self._seen: set[Mask] = set()
         self._stage = Batch(())
         self._queue: list[Proposal] = []
+        self._queued = 0
         self._waiting: tuple[Proposal, ...] = ()
 
     @property
@@ -44,7 +48,7 @@ class StagedSearcher:
                 return Batch(())
         count = len(self._queue) if n is None else n
         self._waiting, self._queue = tuple(self._queue[:count]), self._queue[count:]
-        return Batch(self._waiting, self._stage.survivors, self._rivals(), self._stage.stages)
+        return Batch(self._waiting, self._stage.survivors, self._rivals(), self._stages())
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Learn the losses of the last ask."""
@@ -73,7 +77,16 @@ class StagedSearcher:
             if proposal.mask not in self._seen:
                 self._seen.add(proposal.mask)
                 self._queue.append(proposal)
+        self._queued = len(self._queue)
         return True
+
+    def _stages(self) -> tuple[Stage, ...]:
+        """The cuts of the plan's batch: of a part of it, as large a share goes on."""
+        part = Fraction(len(self._waiting), self._queued)
+        return tuple(
+            replace(stage, survivors=max(1, math.ceil(stage.survivors * part)))
+            for stage in self._stage.stages
+        )
 
     def _rivals(self) -> tuple[Mask, ...]:
         """The batch's rivals and those of its masks that are known already, best first."""
