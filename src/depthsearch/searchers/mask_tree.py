@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from depthsearch.searchers.ranking import difference
+from depthsearch.searchers.ranking import Unit, difference
 from depthsearch.space import Evaluation, Mask, SearchSpace, Status
 
 BEST_SHARE = 0.5
@@ -172,14 +172,13 @@ class MaskTree:
         gone = frozenset(mask.dropped)
         while path[-1].mask != mask:
             node = path[-1]
-            towards = [
-                child
-                for child in self._space.removals(node.mask)
-                if gone.issuperset(child.dropped) and (child == mask or not self._space.fits(child))
-            ]
-            if not towards:
+            units = (u for u in self._space.removable(node.mask) if gone.issuperset(u))
+            # Sorted before they are looked at, which costs more.
+            towards = map(node.mask.without, sorted(units, key=self._rank))
+            child = next((m for m in towards if m == mask or not self._space.fits(m)), None)
+            if child is None:
                 break
-            path.append(self._link(node, min(towards, key=lambda m: self._place(node.mask, m)))[0])
+            path.append(self._link(node, child)[0])
         self._count(tuple(path), visits=1)
 
     def bound(self, node: Node, edge: Edge) -> float:
@@ -295,7 +294,9 @@ class MaskTree:
         return (PRIOR * place + len(below) * found) / (PRIOR + len(below)), unit
 
     def _place(self, mask: Mask, smaller: Mask) -> tuple[float, tuple[int, ...]]:
-        unit = difference(mask, smaller)
+        return self._rank(difference(mask, smaller))
+
+    def _rank(self, unit: Unit) -> tuple[float, Unit]:
         return sum(self._order[i] for i in unit) / len(unit), unit
 
     def _count(self, path: Path, visits: int = 0, waiting: int = 0) -> None:

@@ -253,18 +253,15 @@ def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -
         back = frozenset(difference(larger, mask))
         if len(larger.runs) > gaps:
             continue
-        for smaller in space.removals(larger):
-            if back.intersection(difference(larger, smaller)):
+        for unit in space.removable(larger):
+            if back.intersection(unit):
                 continue
+            smaller = larger.without(unit)
             while not within(smaller):
-                further = [
-                    m
-                    for m in space.removals(smaller)
-                    if not back.intersection(difference(smaller, m))
-                ]
+                further = [u for u in space.removable(smaller) if not back.intersection(u)]
                 if not further:
                     break
-                smaller = min(further, key=lambda m: (worth(difference(smaller, m)), m.key))
+                smaller = smaller.without(min(further, key=lambda u: (worth(u), u)))
             if within(smaller):
                 if space.fits(smaller):
                     smaller = space.fill(smaller, keys)

@@ -33,6 +33,8 @@ class Limit:
     def weight(self, keep: Sequence[bool], unit: Sequence[int]) -> int:
         """What dropping the kept `unit`, or putting back the dropped one, moves the cost by."""
         total = sum(self.table.sites[i] for i in unit)
+        if not self.table.shared:
+            return total
         seen: set[int] = set()
         for i in unit:
             for part, indices, amount in self._shared_of.get(i, ()):

@@ -176,13 +176,18 @@ class SearchSpace:
     def removals(self, mask: Mask) -> tuple[Mask, ...]:
         """Every mask one minimal unit smaller that costs less than `mask`.
 
-        The unit is a gene; on a packable space of sublayers, two neighbouring kept sites. Where no
-        single removal lowers the cost (sites that share one cache), every smaller mask.
+        Where no single removal lowers the cost (sites that share one cache), every smaller mask.
+        """
+        return tuple(mask.without(unit) for unit in self.removable(mask))
+
+    def removable(self, mask: Mask) -> list[Unit]:
+        """The units that `removals` drops, of ascending sites.
+
+        The unit is a gene; on a packable space of sublayers, two neighbouring kept sites.
         """
         keep = list(mask.keep)
         units = self._removable(keep)
-        cheaper = [unit for unit in units if any(weights(self.limits, keep, unit))]
-        return tuple(mask.without(unit) for unit in cheaper or units)
+        return [u for u in units if any(x.weight(keep, u) for x in self.limits)] or units
 
     def additions(self, mask: Mask) -> tuple[Mask, ...]:
         """Every mask of the space one minimal unit larger than `mask`."""
