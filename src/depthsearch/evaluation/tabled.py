@@ -29,23 +29,16 @@ _ROOM_SHARE, _ROOM_BYTES = 0.5, 1 << 30
 class RepairTable:
     """The refitted projection of every gap asked for, fitted on the windows `fit`.
 
-    Those used last are kept, `room_bytes` of them and those of the masks at hand at least; others
+    Those of the masks at hand and those used last are kept, as many as there is room for; others
     are fitted again when they are asked for, to the same weights and at no cost that is counted.
     Raises UnsupportedModelError for a model that can't be repaired.
     """
 
     def __init__(
-        self,
-        stepper: Stepper,
-        accounting: Accounting,
-        fit: Tensor,
-        batch_tokens: int,
-        room_bytes: int | None = None,
+        self, stepper: Stepper, accounting: Accounting, fit: Tensor, batch_tokens: int
     ) -> None:
-        if room_bytes is None:
-            own = sum(p.numel() * p.element_size() for p in stepper.replayer.model.parameters())
-            room_bytes = max(_ROOM_BYTES, int(_ROOM_SHARE * own))
-        self._room_bytes = room_bytes
+        own = sum(p.numel() * p.element_size() for p in stepper.replayer.model.parameters())
+        self._room_bytes = max(_ROOM_BYTES, int(_ROOM_SHARE * own))
         self._stepper = stepper
         self._accounting = accounting
         self._fit = FitText(stepper, fit, batch_tokens)
