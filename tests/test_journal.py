@@ -232,6 +232,6 @@ def test_a_full_disk_leaves_no_torn_line_and_the_journal_usable(path: Path) -> N
     assert problems == ""
     found = json.loads(output)
     assert found["failed"].startswith(f"cannot write {path}: File too large; free some space")
-    assert "depthsearch resume RUN" in found["failed"]
+    assert f"depthsearch resume {path.parent}" in found["failed"]
     assert found["size"] == before
     assert plain(read_journal(path)) == [*RECORDS, {"op": "end"}]

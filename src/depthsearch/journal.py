@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from depthsearch.errors import CONTINUED, DepthsearchError, JournalError, StorageError
+from depthsearch.errors import DepthsearchError, JournalError, StorageError
 
 Record = dict[str, Any]
 
@@ -93,7 +93,9 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, end)
             raise StorageError(
-                f"cannot write {self.path}: {error.strerror}; free some space; {CONTINUED}"
+                f"cannot write {self.path}: {error.strerror}; free some space, then "
+                f"`depthsearch resume {self.path.parent}`; a comparison or a calibration check "
+                "goes on with the same command"
             ) from error
         return stamped
 
