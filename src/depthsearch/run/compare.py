@@ -138,7 +138,7 @@ def _compare(
         ],
         on_heldout,
     )
-    entries = _leave_out_overflows(entries, failed, improved, heldout)
+    entries = _leave_out_overflows(entries, failed, improved, heldout, len(config.compare.seeds))
     measured = [
         [measured_entry(entry, improved[entry["run"]], heldout) for entry in found]
         for found in entries
@@ -269,6 +269,7 @@ def _leave_out_overflows(
     failed: Sequence[list[dict[str, Any]]],
     improved: dict[str, list[Improvement]],
     heldout: Heldout,
+    seeds: int,
 ) -> list[list[dict[str, Any]]]:
     """The runs of arms whose answers have finite losses on held-out text; others go to `failed`.
 
@@ -277,10 +278,13 @@ def _leave_out_overflows(
     """
     whole: list[list[dict[str, Any]]] = []
     for found, lost in zip(entries, failed, strict=True):
-        bad = [entry for entry in found if not heldout.finite(entry["run"], entry["mask"])]
-        lost += [{"name": e["name"], "seed": e["seed"], "error": OVERFLOW} for e in bad]
-        names = {entry["name"] for entry in bad}
-        whole.append([entry for entry in found if entry["name"] not in names])
+        finite = [entry for entry in found if heldout.finite(entry["run"], entry["mask"])]
+        lost += [
+            {"name": entry["name"], "seed": entry["seed"], "error": OVERFLOW}
+            for entry in found
+            if entry not in finite
+        ]
+        whole.append(_complete(finite, seeds))
     if not any(whole):
         raise NothingFoundError(f"no arm finished with every seed; the first: {OVERFLOW}")
     for run, shown in improved.items():
