@@ -93,6 +93,7 @@ def export_run(
     rows: list[dict[str, Any]] = []
     latency: dict[str, Any] = {}
 
+    @memory_suffices()
     def figures(directory: Path) -> tuple[Figure, ...]:
         if not measure:
             return ()
@@ -123,10 +124,6 @@ def export_run(
             )
         return card_figures(rows, latency)
 
-    def measured(directory: Path) -> tuple[Figure, ...]:
-        with memory_suffices():
-            return figures(directory)
-
     with understood(run / JOURNAL):
         searched = to_yaml(read_journal(run / JOURNAL)[0]["config"])
     reads, writes = config.calibration.languages
@@ -154,7 +151,7 @@ def export_run(
         tokens=check_tokens(splits.heldout, session.loaded.model)
         if splits.window_tokens >= _CHECK_TOKENS
         else None,
-        measure=measured,
+        measure=figures,
         patches=patches,
     )
     summary = {
