@@ -263,9 +263,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity, size, speed and memory of a checkpoint.
 
-    With --target-column an encoder-decoder is scored on targets behind their sources, any other
-    model on prompts with their targets as running text; with --written also by chrF++ of what it
-    writes for the prompts. The other options of both need --target-column.
+    With --target-column it is scored on the targets alone, each behind its source or prompt; with
+    --written also by chrF++ of what it writes for them. The other options of both need
+    --target-column.
     """
     from depthsearch.run.evaluating import Targets, evaluate_checkpoint
     from depthsearch.tables import figures_table

@@ -116,6 +116,56 @@ def test_training_mode_is_put_back_and_not_used(tiny):
     assert model.training
 
 
+def some_scored(windows, seed=1):
+    scored = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
+    scored[:, 5] = True
+    return scored
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize("chunk", [128, 128 * 7, 1 << 23])
+def test_only_the_tokens_asked_for_are_scored(family, chunk, tiny):
+    model = tiny(family, **FAMILIES[family])
+    windows = random_windows(5, 12)
+    scored = some_scored(windows)
+    with torch.no_grad():
+        logits = model(input_ids=windows, use_cache=False).logits.float()
+    nats = F.cross_entropy(logits[:, :-1].transpose(1, 2), windows[:, 1:], reduction="none")
+    expected = [float(n[s].mean()) for n, s in zip(nats, scored[:, 1:], strict=True)]
+    result = perplexity(model, windows, 24, logits_at_once=chunk, scored=scored)
+    assert result.losses == pytest.approx(expected, abs=1e-5)
+    assert result.tokens == int(scored[:, 1:].sum())
+    assert result.loss_nats == pytest.approx(float(nats[scored[:, 1:]].mean()), abs=1e-5)
+    assert (
+        result.protocol
+        == "targets alone, behind their prompts, 12 tokens of both at most, n=5 windows"
+    )
+
+
+def test_what_stands_behind_the_last_scored_token_does_not_matter(tiny):
+    windows, model = random_windows(4, 12), tiny("mistral", sliding_window=8)
+    scored = some_scored(windows)
+    scored[:, 8:] = False
+    other = windows.clone()
+    other[:, 8:] = 0
+    losses = perplexity(model, windows, scored=scored).losses
+    assert perplexity(model, other, scored=scored).losses == pytest.approx(losses, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda scored: scored[:, 1:], "a bool for each token"),
+        (lambda scored: scored.long(), "a bool for each token"),
+        (lambda scored: scored & (torch.arange(12) < 1), "no token to score behind its first"),
+    ],
+)
+def test_tokens_to_score_that_do_not_fit_are_refused(change, says, tiny):
+    windows = random_windows(5, 12)
+    with pytest.raises(DataError, match=says):
+        perplexity(tiny("llama"), windows, scored=change(some_scored(windows)))
+
+
 def test_logits_never_exceed_the_chunk(tiny):
     model = tiny("llama")
     sizes = []

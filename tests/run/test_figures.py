@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.tiny_runs import workplace_config, write_text
+from tests.tiny_runs import WORDS, workplace_config, write_text
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from depthsearch.errors import DataError, ExportError, ModelError, RunDirectoryError
 from depthsearch.model.load import load_model
 from depthsearch.model.switches import masked
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL
-from depthsearch.run.evaluating import evaluate_checkpoint
+from depthsearch.run.evaluating import Targets, evaluate_checkpoint
 from depthsearch.run.figures import card_figures, export_run, measures
 from depthsearch.run.search import search
 from depthsearch.run.session import Session
@@ -195,6 +198,39 @@ class TestEvaluate:
         (part,) = evaluate_checkpoint(model, str(text), tokens=40, **settings)["rows"]
         assert whole["windows"] > 3
         assert part["windows"] == 2
+
+    @pytest.mark.parametrize("chat", [False, True])
+    def test_targets_alone_are_scored(self, workplace: Path, tmp_path: Path, chat: bool) -> None:
+        """As plain transformers scores each target behind its prompt, one pair at a time."""
+        rng = random.Random(0)
+        rows = [
+            {"source": " ".join(rng.choices(WORDS, k=k)), "target": " ".join(rng.choices(WORDS))}
+            for k in range(2, 12)
+        ]
+        pairs = tmp_path / "pairs.jsonl"
+        pairs.write_text("\n".join(json.dumps(row) for row in rows))
+        model, tokenizer = (
+            auto.from_pretrained(workplace / "model")
+            for auto in (AutoModelForCausalLM, AutoTokenizer)
+        )
+        losses = []
+        for row in rows:
+            prompt = f"Say {row['source']}\n"
+            if chat:
+                prompt = f"<|user|>{prompt}</s>"
+            start = len(tokenizer(prompt)["input_ids"])
+            ids = tokenizer(f"{prompt}{row['target']}</s>", return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                logits = model(ids).logits[0, start - 1 : -1]
+            losses += cross_entropy(logits, ids[0, start:], reduction="none").tolist()
+        (found,) = evaluate_checkpoint(
+            str(workplace / "model"), str(pairs), column="source", dtype="float32", device="cpu",
+            targets=Targets("target", "Say {source}\n", chat, written=3, new_tokens=4), repeats=1,
+        )["rows"]  # fmt: skip
+        assert found["cross_entropy_nats"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert found["perplexity_protocol"].startswith("targets alone, behind their prompts, ")
+        assert found["perplexity_protocol"].endswith("n=10 windows")
+        assert found["chrf_protocol"].startswith("3 texts of at most 4 tokens")
 
     def test_what_is_missing_is_said(self, workplace: Path, tmp_path: Path) -> None:
         text, model = str(workplace / "text.txt"), str(workplace / "model")

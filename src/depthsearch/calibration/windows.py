@@ -227,9 +227,7 @@ def text_sample(
             f"windows of {window_tokens} tokens in {tokens} tokens of text were asked for; "
             f"allowed: {len(prefix) + 2} or more, and at least one window of text"
         )
-    texts = distinct(documents.texts)
-    order = np.random.default_rng(HELDOUT_SEED).permutation(len(texts))
-    texts = [texts[i] for i in order]
+    texts = fixed_order(documents)
     count = tokens // window_tokens
     if pairs is not None:
         return pairs.rows(texts[:count], window_tokens), tuple(texts[:count])
@@ -242,6 +240,13 @@ def text_sample(
             f"{window_tokens}; lower window_tokens, or give more text"
         )
     return packer.rows(stream, min(count, len(stream) // body)), tuple(texts[:used])
+
+
+def fixed_order(documents: Documents) -> list[str]:
+    """The different texts in one shuffled order, so that a part of them stands for the whole."""
+    texts = distinct(documents.texts)
+    order = np.random.default_rng(HELDOUT_SEED).permutation(len(texts))
+    return [texts[i] for i in order]
 
 
 def check_windows(windows: Tensor, rows: int, context: int | None) -> None:

@@ -45,6 +45,7 @@ def perplexity(
     batch_tokens: int = 2048,
     on_progress: Callable[[int, int], None] | None = None,
     logits_at_once: int = LOGITS_AT_ONCE,
+    scored: Tensor | None = None,
 ) -> Perplexity:
     """Score `windows` `[n, window]` of token ids; the first token of each is context only.
 
@@ -52,6 +53,7 @@ def perplexity(
     own forward, so that scaling and capping of logits apply and memory does not grow with
     vocabulary times tokens. A model that does not allow this is run whole, window by window.
     At most `logits_at_once` logits exist at a time. `on_progress(done, total)` counts windows.
+    With `scored`, bool `[n, window]`, only these tokens count, such as those of targets.
 
     Windows of an encoder-decoder are what it reads and, equally long, what enters its decoder, as
     `PairRows` makes them. It is run whole, window by window, and scored on what should follow in
@@ -66,6 +68,7 @@ def perplexity(
             "window of 2 tokens"
         )
     two = bool(getattr(model.config, "is_encoder_decoder", False))
+    wanted = _wanted(windows, scored, two)
     halves = windows.chunk(2, dim=1) if two else (windows,)
     rows = model.get_input_embeddings().weight.shape[0]
     for part in halves:
@@ -76,10 +79,10 @@ def perplexity(
     model.eval()
     try:
         with torch.no_grad():
-            counts = (
-                _target_counts(model, windows) if two else [windows.shape[1] - 1] * len(windows)
+            counts = _target_counts(model, windows) if two else wanted.sum(1).tolist()
+            head = (
+                _Translation(model, counts) if two else _ChunkedHead(model, logits_at_once, wanted)
             )
-            head = _Translation(model, counts) if two else _ChunkedHead(model, logits_at_once)
             for batch in batches(windows, batch_tokens):
                 losses += head.losses(batch.to(device))
                 if on_progress is not None:
@@ -94,17 +97,19 @@ def perplexity(
         )
     mean, stderr = _mean(losses, counts)
     written = halves[-1].shape[1]
-    protocol = (
-        f"targets of at most {written} tokens behind sources of as many"
-        if two
-        else f"nonoverlapping window={written}"
-    )
+    protocol = f"nonoverlapping window={written}, first token unscored"
+    if two:
+        protocol = (
+            f"targets of at most {written} tokens behind sources of as many, first token unscored"
+        )
+    elif scored is not None:
+        protocol = f"targets alone, behind their prompts, {written} tokens of both at most"
     return Perplexity(
         value=math.exp(mean) if mean < 700 else math.inf,
         loss_nats=mean,
         stderr=stderr,
         tokens=sum(counts),
-        protocol=f"{protocol}, first token unscored, n={len(windows)} windows",
+        protocol=f"{protocol}, n={len(windows)} windows",
         losses=tuple(losses),
     )
 
@@ -123,6 +128,20 @@ def _mean(losses: Sequence[float], counts: Sequence[int]) -> tuple[float, float 
         for loss, count in zip(losses, counts, strict=True)
     )
     return mean, math.sqrt(squares / (windows - 1) / windows)
+
+
+def _wanted(windows: Tensor, scored: Tensor | None, two: bool) -> Tensor:
+    """Which tokens of `windows` `[n, window]` behind the first are scored, `[n, window - 1]`."""
+    if scored is None:
+        return torch.ones_like(windows[:, 1:], dtype=torch.bool)
+    if two or scored.shape != windows.shape or scored.dtype != torch.bool:
+        raise DataError(
+            "tokens to score are named by a bool for each token of a decoder-only model's windows"
+        )
+    wanted = scored[:, 1:]
+    if not bool(wanted.any(1).all()):
+        raise DataError("a window has no token to score behind its first one")
+    return wanted
 
 
 def _target_counts(model: Any, rows: Tensor) -> list[int]:
@@ -159,24 +178,29 @@ class _Translation:
 
 
 class _ChunkedHead:
-    """Runs body and head of one model apart from each other, once that is shown to be right."""
+    """Runs body and head of one model apart from each other, once that is shown to be right.
 
-    def __init__(self, model: Any, logits_at_once: int) -> None:
+    Of each window the tokens behind the first that `wanted` `[n, window - 1]` names are scored.
+    """
+
+    def __init__(self, model: Any, logits_at_once: int, wanted: Tensor) -> None:
         self._model = model
         self._logits_at_once = logits_at_once
+        self._wanted = iter(wanted)
         self._decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         accepts = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._apart: bool | None = None if accepts else False
 
     def losses(self, ids: Tensor) -> list[float]:
-        """The mean loss in nats of each row of `ids` `[batch, window]`."""
+        """The mean loss in nats of each of the next rows, `ids` `[batch, window]`."""
+        wanted = torch.stack([next(self._wanted) for _ in ids]).to(ids.device)
         if self._apart is not False:
             output, last = self._body(ids)
             if self._apart is None:
                 self._apart = self._agrees(output, last)
             if self._apart:
-                return self._scored(output, ids)
-        return [self._whole(row) for row in ids]
+                return self._scored(output, ids, wanted)
+        return [self._whole(row, which) for row, which in zip(ids, wanted, strict=True)]
 
     def _body(self, ids: Tensor) -> tuple[Any, Tensor]:
         """What the decoder returned, and the logits `[batch, 1, vocab]` of the last position."""
@@ -201,9 +225,9 @@ class _ChunkedHead:
             logits.float(), last.float(), rtol=1e-3, atol=1e-3, equal_nan=True
         )
 
-    def _scored(self, output: Any, ids: Tensor) -> list[float]:
-        hidden = output.last_hidden_state[:, :-1].flatten(0, 1)
-        targets = ids[:, 1:].flatten()
+    def _scored(self, output: Any, ids: Tensor, wanted: Tensor) -> list[float]:
+        hidden = output.last_hidden_state[:, :-1][wanted]
+        targets = ids[:, 1:][wanted]
         vocab = self._model.get_input_embeddings().weight.shape[0]
         nats = []
         for start in range(0, len(targets), step := max(1, self._logits_at_once // vocab)):
@@ -213,12 +237,12 @@ class _ChunkedHead:
                     input_ids=targets[start : start + step].unsqueeze(0), use_cache=False
                 ).logits
             nats.append(_nats(logits[0], targets[start : start + step]))
-        means = torch.cat(nats).double().view(len(ids), -1).mean(dim=1)
-        return [float(mean) for mean in means]
+        rows = torch.cat(nats).double().split(wanted.sum(1).tolist())
+        return [float(row.mean()) for row in rows]
 
-    def _whole(self, row: Tensor) -> float:
+    def _whole(self, row: Tensor, wanted: Tensor) -> float:
         logits = self._model(input_ids=row.unsqueeze(0), use_cache=False).logits
-        return float(_nats(logits[0, :-1], row[1:]).double().mean())
+        return float(_nats(logits[0, :-1][wanted], row[1:][wanted]).double().mean())
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 from depthsearch import __version__
 from depthsearch.calibration.chrf import check_sacrebleu
 from depthsearch.calibration.parallel import SOURCE, ParallelText, load_parallel
+from depthsearch.calibration.prompt_rows import prompt_rows
 from depthsearch.calibration.tasks import Task, pair_task, translation_task
 from depthsearch.calibration.text import Documents, load_documents
-from depthsearch.calibration.windows import text_sample, text_windows
+from depthsearch.calibration.windows import fixed_order, text_sample, text_windows
 from depthsearch.errors import InputError
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.run.figures import OnStage, measure_beside, memory_suffices
@@ -68,7 +69,8 @@ def evaluate_checkpoint(
 
     `revision` is that of `model`. All of `text` counts as evaluation text: its documents in one
     fixed shuffled order, up to `tokens` tokens. With `targets` each row of it is a text and what
-    should be written for it, which an encoder-decoder needs. Raises InputError.
+    should be written for it, and the targets alone are scored; an encoder-decoder needs them.
+    Raises InputError.
     """
     found: Documents | ParallelText
     if targets is None:
@@ -86,7 +88,12 @@ def evaluate_checkpoint(
         raise type(error)(_as_options(str(error))) from None
     with memory_suffices():
         rows = measure_beside(
-            loaded, sample.windows, task=sample.task, repeats=repeats, on_stage=on_stage
+            loaded,
+            sample.windows,
+            scored=sample.scored,
+            task=sample.task,
+            repeats=repeats,
+            on_stage=on_stage,
         )
     return {
         "version": __version__,
@@ -103,10 +110,14 @@ def evaluate_checkpoint(
 
 @dataclass(frozen=True)
 class _Sample:
-    """Documents as the models are given them, windows of them, and what is to be written."""
+    """Documents as the models are given them, windows of them, and what is to be written.
+
+    Of the windows of a decoder-only model with targets, those are `scored`, all tokens else.
+    """
 
     documents: Documents
     windows: Tensor
+    scored: Tensor | None = None
     task: Task | None = None
 
 
@@ -135,13 +146,19 @@ def _sample(
     rows = make_rows(model, tokenizer, pairs, targets.languages)
     if rows is not None and targets.chat:
         raise InputError("--chat is there for decoder-only models alone: leave it out")
-    windows, used = text_sample(documents, tokenizer, window_tokens, tokens, rows)
-    if not targets.written:
-        return _Sample(documents, windows)
-    asked, most = used[: targets.written], targets.new_tokens
+    most = targets.new_tokens
+    task: Task | None = None
     if rows is not None:
-        return _Sample(documents, windows, translation_task(rows, asked, window_tokens, most))
-    return _Sample(documents, windows, pair_task([pairs[t] for t in asked], model, tokenizer, most))
+        windows, used = text_sample(documents, tokenizer, window_tokens, tokens, rows)
+        if targets.written:
+            task = translation_task(rows, used[: targets.written], window_tokens, most)
+        return _Sample(documents, windows, task=task)
+    in_order = {text: pairs[text] for text in fixed_order(documents)}
+    windows, scored = prompt_rows(in_order, tokenizer, window_tokens, tokens)
+    if targets.written:
+        asked = list(in_order.values())[: min(targets.written, len(windows))]
+        task = pair_task(asked, model, tokenizer, most)
+    return _Sample(documents, windows, scored, task)
 
 
 def _as_options(said: str) -> str:

@@ -230,13 +230,15 @@ def measure_beside(
     models: Mapping[str, LoadedModel],
     windows: Tensor,
     *,
+    scored: Tensor | None = None,
     task: Task | None = None,
     repeats: int = 5,
     on_stage: OnStage | None = None,
 ) -> list[dict[str, Any]]:
     """One row a model: perplexity on `windows` `[n, window]`, size, speed in turns, peak memory.
 
-    With a `task` also chrF++ of what the models write for it.
+    Of the windows the tokens `scored` alone count, where they are given. With a `task` also chrF++
+    of what the models write for it.
     """
     stage = on_stage or (lambda *_: None)
     texts: dict[str, Perplexity] = {}
@@ -244,6 +246,7 @@ def measure_beside(
         texts[name] = perplexity(
             loaded.model,
             windows,
+            scored=scored,
             on_progress=lambda done, total, name=name: stage(  # type: ignore[misc]
                 f"perplexity, {name}", done, total
             ),
