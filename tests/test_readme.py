@@ -19,13 +19,13 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 SMALL = {
     "calibration.window_tokens": 64,
-    "calibration.select_tokens": 256,
-    "calibration.finals_tokens": 256,
-    "calibration.heldout_tokens": 512,
-    "calibration.batch_tokens": 256,
+    "calibration.select_tokens": 128,
+    "calibration.finals_tokens": 128,
+    "calibration.heldout_tokens": 256,
+    "calibration.batch_tokens": 128,
     "search.finalists": 2,
 }
-COST_TOKENS = 6000.0
+COST_TOKENS = 3000.0
 
 
 def blocks(language: str) -> list[str]:
