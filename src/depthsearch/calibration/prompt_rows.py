@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from depthsearch.calibration.parallel import Pair
-from depthsearch.calibration.windows import opening_tokens
+from depthsearch.calibration.windows import opened, opening_tokens
 from depthsearch.errors import DataError
 
 
@@ -32,11 +32,10 @@ def prompt_rows(
     starts: list[int] = []
     held = 0
     for text, pair in pairs.items():
-        whole, prompt = (_ids(tokenizer, part) for part in (text, pair.prompt))
-        same = takewhile(lambda both: both[0] == both[1], zip(whole, prompt, strict=False))
+        both = tokenizer([text, pair.prompt], add_special_tokens=False, verbose=False)["input_ids"]
+        whole, prompt = (opened(ids, opening) for ids in both)
+        same = takewhile(lambda two: two[0] == two[1], zip(whole, prompt, strict=False))
         start = sum(1 for _ in same)
-        if tuple(whole[: len(opening)]) != opening:
-            whole, start = [*opening, *whole], start + len(opening)
         row = [*whole, *ends][:window_tokens]
         if rows and held + len(row) > tokens:
             break
@@ -56,7 +55,3 @@ def prompt_rows(
         ids[place, : len(row)] = torch.tensor(row, dtype=torch.int64)
         wanted[place, start : len(row)] = True
     return ids, wanted
-
-
-def _ids(tokenizer: Any, text: str) -> Sequence[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

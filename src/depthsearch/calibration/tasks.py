@@ -12,7 +12,7 @@ from torch import Tensor
 
 from depthsearch.calibration.pair_rows import PairRows
 from depthsearch.calibration.parallel import Pair
-from depthsearch.calibration.windows import opening_tokens
+from depthsearch.calibration.windows import opened, opening_tokens
 from depthsearch.errors import DataError
 from depthsearch.model.anatomy import context_window
 
@@ -85,9 +85,7 @@ def pair_task(pairs: Sequence[Pair], model: Any, tokenizer: Any, max_new_tokens:
     opening = opening_tokens(tokenizer)
     texts = [pair.prompt for pair in pairs]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    prompts = tuple(
-        (*(() if tuple(ids[: len(opening)]) == opening else opening), *ids) for ids in encoded
-    )
+    prompts = tuple(opened(ids, opening) for ids in encoded)
     references = tuple(pair.reference for pair in pairs)
     return _fitting(prompts, references, model, tokenizer, max_new_tokens)
 

@@ -291,6 +291,11 @@ def opening_tokens(tokenizer: Any) -> tuple[int, ...]:
     return ()
 
 
+def opened(ids: Sequence[int], opening: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids of a text behind the tokens that open every text, unless it has them already."""
+    return tuple(ids) if tuple(ids[: len(opening)]) == opening else (*opening, *ids)
+
+
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
