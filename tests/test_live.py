@@ -61,9 +61,16 @@ def test_a_terminal_shows_the_same_figures() -> None:
 
 def test_a_stalled_run_says_what_to_do() -> None:
     stalled = replace(STATE, phase="stalled", quiet_s=4000.0, seconds_left=None)
-    for text in (live.lines(stalled)[0], pictured(CompareState("arms", False, (stalled,)))):
-        assert "no record for 1:06:40" in " ".join(text.split())
-        assert "depthsearch resume" in text
+    arms = CompareState("arms", False, (stalled,))
+    for state, command in ((stalled, "`depthsearch resume`"), (arms, "`depthsearch compare`")):
+        for text in (live.lines(state)[0], pictured(state)):
+            assert "no record for 1:06:40" in " ".join(text.split())
+            assert command in " ".join(text.split())
+
+
+def test_an_arm_that_never_ran_has_failed_and_no_figures() -> None:
+    (line,) = live.lines(CompareState("arms", True, (RunState("second", "failed"),)))
+    assert line == "second: failed"
 
 
 def test_a_comparison_has_a_line_for_each_run() -> None:

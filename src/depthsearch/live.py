@@ -15,6 +15,8 @@ from depthsearch.run.watching import CompareState, RunState, Watcher, Workers
 
 _console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 _SHOWN_QUARANTINED = 3
+_RESUME = "`depthsearch resume`"
+_COMPARE = "the same `depthsearch compare`"
 
 
 def follow(watcher: Watcher, interval_s: float) -> None:
@@ -49,8 +51,9 @@ def show(state: RunState | CompareState) -> None:
 
 def lines(state: RunState | CompareState) -> list[str]:
     """One line for a run; for a comparison one for each of its runs."""
-    runs = (state,) if isinstance(state, RunState) else state.runs
-    return [f"{run.run}: {', '.join(_facts(run))}" for run in runs]
+    if isinstance(state, RunState):
+        return [f"{state.run}: {', '.join(_facts(state, _RESUME))}"]
+    return [f"{run.run}: {', '.join(_facts(run, _COMPARE))}" for run in state.runs]
 
 
 def picture(state: RunState | CompareState) -> RenderableType:
@@ -73,7 +76,8 @@ def picture(state: RunState | CompareState) -> RenderableType:
             _of(run.evaluations, run.max_evaluations),
             "" if run.over else _span(run.seconds_left),
         )
-    notes = [f"{run.run}: {_stall(run)}" for run in state.runs if run.phase == "stalled"]
+    stalled = [run for run in state.runs if run.phase == "stalled"]
+    notes = [f"{run.run}: {_stall(run, _COMPARE)}" for run in stalled]
     return Group(table, *notes)
 
 
@@ -93,13 +97,13 @@ def _rows(state: RunState) -> list[tuple[str, str]]:
         ("workers", _workers(state.workers)),
         ("quarantined masks", _quarantined(state.workers)),
         ("ended because", state.reason or ""),
-        ("stalled", _stall(state) if state.phase == "stalled" else ""),
+        ("stalled", _stall(state, _RESUME) if state.phase == "stalled" else ""),
     ]
     return [(name, text) for name, text in rows if text]
 
 
-def _facts(run: RunState) -> list[str]:
-    if run.phase == "waiting":
+def _facts(run: RunState, advice: str) -> list[str]:
+    if run.phase == "waiting" or (run.phase == "failed" and run.method is None):
         return [run.phase]
     facts = [
         run.phase,
@@ -113,7 +117,7 @@ def _facts(run: RunState) -> list[str]:
         "" if run.over or run.seconds_left is None else f"{_span(run.seconds_left)} left",
         "" if run.workers is None else f"workers: {_workers(run.workers)}",
         "" if not _quarantined(run.workers) else f"quarantined: {_quarantined(run.workers)}",
-        _stall(run) if run.phase == "stalled" else "",
+        _stall(run, advice) if run.phase == "stalled" else "",
     ]
     return [fact for fact in facts if fact]
 
@@ -149,11 +153,8 @@ def _ago(seconds: float) -> str:
     return f"{_span(seconds)} ago"
 
 
-def _stall(run: RunState) -> str:
-    return (
-        f"no record for {_span(run.quiet_s)}; if its process is gone, `depthsearch resume` "
-        "continues it"
-    )
+def _stall(run: RunState, advice: str) -> str:
+    return f"no record for {_span(run.quiet_s)}; if its process is gone, {advice} continues it"
 
 
 def _workers(workers: Workers | None) -> str:

@@ -32,18 +32,22 @@ results = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 def search_bar(title: str) -> Iterator[OnProgress]:
     """A live bar for a search: share done, time left, cost, evaluations and best loss."""
     with _bar("{task.fields[detail]}") as bar:
-        task = bar.add_task(title, total=1.0, detail="")
+        task = bar.add_task(title, total=None, detail="")
 
         yield _updater(bar, task, title)
-        bar.update(task, completed=1.0)
+        bar.update(task, completed=1.0, total=1.0)
 
 
 def _updater(bar: Progress, task: TaskID, title: str) -> OnProgress:
     def update(progress: SearchProgress) -> None:
         best = "" if progress.best_loss is None else f", best {progress.best_loss:.4f}"
+        # With another total a bar forgets the speed of the search: finals have their own.
+        total = None if progress.fraction is None else 1.0 if progress.phase == "search" else 2.0
+        share = 1.0 if progress.phase == "done" else min(progress.fraction or 0.0, 0.999)
         bar.update(
             task,
-            completed=1.0 if progress.phase == "done" else min(progress.fraction, 0.999),
+            completed=share * (total or 1.0),
+            total=total,
             description=f"{title} · {progress.phase}",
             detail=f"{progress.cost_tokens / 1000:,.0f}k tokens{best}",
         )
@@ -96,7 +100,7 @@ def arm_bars() -> Iterator[tuple[OnArm, OnHeldout]]:
 
         def start(arm: str, seed: int, done: int, runs: int) -> OnProgress:
             title = f"{done + 1}/{runs} {arm} seed {seed}"
-            task = bar.add_task(title, total=1.0, detail="")
+            task = bar.add_task(title, total=None, detail="")
             return _updater(bar, task, title)
 
         tasks: list[TaskID] = []

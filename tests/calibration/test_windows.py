@@ -200,6 +200,20 @@ def test_draws_share_no_document_and_begin_with_the_split_of_the_seed(make_token
             seen |= words(windows)
 
 
+def test_draws_can_leave_out_the_text_of_the_finals(make_tokenizer):
+    docs = documents([9] * 100)
+    splits = split(docs, make_tokenizer(), seed=3)
+    finals = splits.finals.numel()
+    draws = draw_windows(docs, make_tokenizer(), 8, 64, 3, 0.3, 3)
+    assert words(splits.finals) & (words(draws[1]) | words(draws[2]))
+    others = draw_windows(docs, make_tokenizer(), 8, 64, 3, 0.3, 3, finals)
+    assert torch.equal(others[0], draws[0])
+    seen = words(splits.finals) | words(splits.heldout)
+    for windows in others:
+        assert not words(windows) & seen
+        seen |= words(windows)
+
+
 def test_longer_windows_hold_the_same_text(make_tokenizer):
     docs = documents([9] * 100)
     (short,) = draw_windows(docs, make_tokenizer(), 8, 64, 1, 0.3, 3)

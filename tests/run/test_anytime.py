@@ -66,13 +66,21 @@ def test_a_search_that_went_on_too_long_is_told_from_noise() -> None:
     rng = np.random.default_rng(1)
     base = 2 + rng.normal(size=40)
     lost = base + 0.3 + 0.1 * rng.normal(size=40)
-    worse = [Step(1.0, base + 1), Step(5.0, base), Step(9.0, lost)]
+    worse = [Step(1.0, base + 1), Step(5.0, base), Step(9.0, lost), Step(9.5, lost)]
     found = course([worse], np.random.default_rng(0))["worsened"]
     assert found["cost_tokens"] == 5.0
     assert found["difference"] == pytest.approx(np.mean(lost - base))
     assert 0 < found["low"] < found["difference"] < found["high"]
     noise = base + 0.02 + 0.3 * rng.normal(size=40)
-    assert course([[Step(1.0, base), Step(9.0, noise)]], rng)["worsened"] is None
+    assert course([[Step(1.0, base), Step(9.0, noise), Step(9.5, noise)]], rng)["worsened"] is None
+
+
+def test_an_answer_that_the_finals_chose_is_no_search_that_went_on_too_long() -> None:
+    base = 2 + np.random.default_rng(1).normal(size=40)
+    runs = [[Step(1.0, base), Step(9.0, base - 0.1), Step(9.5, base + 0.3)]]
+    found = course(runs, np.random.default_rng(0))
+    assert found["worsened"] is None
+    assert found["points"][-1]["heldout_kl_mean"] == pytest.approx(np.mean(base) + 0.3)
 
 
 def test_falls_that_noise_explains_are_rarely_reported() -> None:
@@ -81,5 +89,5 @@ def test_falls_that_noise_explains_are_rarely_reported() -> None:
     for _ in range(runs):
         shared = rng.normal(size=50)
         steps = [Step(float(2**n), shared + 0.2 * rng.normal(size=50)) for n in range(7)]
-        said += course([steps], rng)["worsened"] is not None
+        said += course([[*steps, steps[-1]]], rng)["worsened"] is not None
     assert said / runs <= 0.1

@@ -466,7 +466,7 @@ def test_progress_is_a_fraction_that_ends_at_one(tmp_path: Path) -> None:
         search = Search(tmp_path / f"{place}.jsonl", plan, on_progress=seen.append)
         outcome = search.run()
         for phase in ("search", "finals"):
-            fractions = [p.fraction for p in seen if p.phase == phase]
+            fractions = [p.fraction for p in seen if p.phase == phase and p.fraction is not None]
             assert fractions == sorted(fractions)
             assert all(0 <= fraction <= 1 for fraction in fractions)
             assert len(fractions) >= 5
@@ -480,6 +480,16 @@ def test_progress_is_a_fraction_that_ends_at_one(tmp_path: Path) -> None:
         search.on_progress = replayed.append
         search.run()
         assert replayed[-1] == seen[-1]
+
+
+def test_nobody_knows_how_far_a_search_is_that_patience_ends(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    plan = Plan("evolution", patience=40)
+    Search(tmp_path / "journal.jsonl", plan, on_progress=seen.append).run()
+    shares = {phase: [p.fraction for p in seen if p.phase == phase] for phase in ("search", "done")}
+    assert set(shares["search"]) == {None}
+    assert shares["done"] == [1.0]
+    assert all(p.fraction is not None for p in seen if p.phase == "finals")
 
 
 def evaluation(key: str, losses: list[float], status: Status = Status.OK) -> Evaluation:

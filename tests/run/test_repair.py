@@ -163,6 +163,12 @@ def test_the_signature_says_so(session: Session) -> None:
     protocol = session.signature(session.splits(0), 0)["protocol"]
     assert "candidates repaired (gap) on 8 fit windows" in protocol
     assert "finalists repaired (sequential) on 32 fit windows" in protocol
+    repaired = session.config.search
+    cut = repaired.model_copy(update={"repair": "none", "finish": None, "score": "angular"})
+    protocol = session.signature(session.splits(0), 0, [repaired, cut, repaired])["protocol"]
+    assert protocol.startswith("search on kl or angular, finals on kl, ")
+    assert "by arm: candidates repaired (gap) on 8 fit windows, finalists" in protocol
+    assert "on 32 fit windows, or none repaired, replay by" in protocol
 
 
 def test_text_that_nothing_is_fitted_on_is_no_part_of_the_signature(

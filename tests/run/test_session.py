@@ -14,8 +14,8 @@ from depthsearch.config import load_config
 from depthsearch.errors import BudgetError, ConfigError, DataError, MaskError, ModelError
 from depthsearch.evaluation import Racing
 from depthsearch.run.loop import Outcome
-from depthsearch.run.search import shareable_config
-from depthsearch.run.session import Session, best_json, check_search
+from depthsearch.run.search import best_json, shareable_config
+from depthsearch.run.session import Session, check_search
 from depthsearch.space import Evaluation, Mask
 
 

@@ -29,6 +29,7 @@ def size(tokens: int, share: float, regret: float) -> dict[str, Any]:
         "favourite": 0,
         "favourite_share": share,
         "best_share": share,
+        "shares": [share, 1 - share],
         "regret": regret,
         "regret_stderr": 0.01,
     }
@@ -94,6 +95,16 @@ def test_samples_that_agree_by_luck_are_not_called_stable() -> None:
     (text,) = warnings(found)
     assert "60 % name the most frequent winner (mask 1)" in text
     assert "Trusting one costs 0.0200 ± 0.0100 nats" in text
+
+
+def test_the_share_is_that_of_the_mask_that_the_samples_name() -> None:
+    """Mask 1 wins most resampled texts, by far; the samples name mask 2 all the same."""
+    away = sample("sample 1", "draw", 1, NONE)
+    found = check(away, away | {"name": "sample 2"}, share=0.95)
+    assert verdict(found).startswith(
+        "The winner is not settled: all 2 samples name mask 2, but of resampled texts of 1,024 "
+        "tokens only 5 % do."
+    )
 
 
 def test_another_length_counts_as_a_difference_only_where_one_is_shown() -> None:

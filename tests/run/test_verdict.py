@@ -189,6 +189,24 @@ class TestWhetherSearchPaid:
         assert outcome(rows, [found]).kind == "no rival"
         assert "Search helped" not in verdict(rows, [found])
 
+    def test_what_a_repair_gains_is_no_gain_of_the_search(self) -> None:
+        """The window as cut is far behind, the window repaired as the search is, hardly."""
+        evo = row("evo", 0.4) | {"finish": "sequential"}
+        win = row("win", 0.8, "windows") | {"finish": "none"}
+        found = measured("evo", "win", -0.4, -0.45, -0.36)
+        assert outcome([evo, win], [found]).kind == "no rival"
+        text = verdict([evo, win], [found])
+        assert text.endswith(
+            "Whether search helped is not said: no method without a search is repaired as evo is, "
+            "and what a repair gains is no gain of the search."
+        )
+        alike = row("repaired", 0.5, "windows") | {"finish": "sequential"}
+        pairs = [found, measured("evo", "repaired", -0.1, -0.15, -0.06)]
+        assert verdict([evo, win, alike], pairs).endswith(
+            "Search helped: evo is 0.1000 nats [0.0600, 0.1500] or 20 % below repaired, the best "
+            "method without a search."
+        )
+
     def test_budgets_are_grouped_by_what_pays_there(self) -> None:
         cases = {
             "params 87 %": measured("evo", "win", -0.1, -0.15, -0.06),
@@ -214,9 +232,9 @@ class TestWhetherSearchPaid:
             "Search pays at params 87 % (evo, 0.1000 nats below win); cache 50 % (evo, 0.2000 nats "
             "below win). A method without a search is enough at params 75 % (win). The intervals "
             "can't tell whether search helps over a method without one at cache 60 % (win). No "
-            "search and one-pass method are there to compare at nothing. evo has the best mean "
-            "rank over budgets and seeds, 1.12 [1.00, 2.00] of 2, and is first in 95 % of "
-            "resamples."
+            "search and one-pass method, repaired alike, are there to compare at nothing. evo has "
+            "the best mean rank over budgets and seeds, 1.12 [1.00, 2.00] of 2, and is first in "
+            "95 % of resamples."
         )
 
 
@@ -245,7 +263,10 @@ class TestWarnings:
         turned = {"cost_tokens": 40_000.0, "difference": 0.03, "low": 0.01, "high": 0.05}
         courses = [{"arm": "a", "worsened": None}, {"arm": "evo", "worsened": turned}]
         (said,) = warnings_of([self.rows(0.4)], [], courses, None)
-        assert said.startswith("evo was better on held-out text after 40,000 tokens than at its")
+        assert said == (
+            "What evo had found after 40,000 tokens was better on held-out text, by 0.0300 nats, "
+            "than the mask with its lowest search loss: searching on made it worse."
+        )
 
     def test_search_losses_that_do_not_carry_over(self) -> None:
         found = {"spearman": 0.21, "low": -0.2, "high": 0.6, "masks": 18}

@@ -27,6 +27,7 @@ from depthsearch.run.watching import (
     Workers,
     rates,
     run_state,
+    working_seconds,
 )
 
 WORKERS_JSON: dict[str, Any] = {
@@ -336,7 +337,20 @@ def test_a_comparison_shows_each_of_its_runs(tmp_path: Path) -> None:
     (out / COMPARE).write_text("{}")
     state = watcher.look()
     assert state.over
-    assert state.to_json()["runs"][0]["phase"] == "done"
+    assert [run["phase"] for run in state.to_json()["runs"]] == ["done", *["failed"] * 3]
+
+
+def test_what_a_run_worked_is_told_from_the_pause_before_it_went_on() -> None:
+    ends = [(0, "start", 0), (10, "hints", 100), (11, "ask", 100), (31, "tell", 300)]
+    ends += [(32, "ask", 300), (52, "tell", 500), (53, "ask", 500), (73, "tell", 700)]
+    records: list[Record] = [
+        {"op": op, "time": float(time), "cost_tokens": float(cost)} for time, op, cost in ends
+    ]
+    assert working_seconds(records) == 73
+    for place in range(1, len(records)):
+        later = [{**r, "time": r["time"] + 40_000} for r in records[place:]]
+        assert working_seconds([*records[:place], *later]) == pytest.approx(73, abs=1.01)
+    assert working_seconds(records[:1]) == working_seconds([]) == 0
 
 
 def test_a_comparison_at_several_budgets_names_them(tmp_path: Path) -> None:

@@ -147,12 +147,14 @@ def draw_windows(
     draws: int,
     heldout_fraction: float,
     seed: int,
+    finals_tokens: int = 0,
 ) -> tuple[Tensor, ...]:
     """Several samples of text for a search, each `[tokens // window_tokens, window_tokens]`.
 
     The first holds the windows that `make_splits` selects with this seed, in the order of the text;
-    each of the others is as much text of further documents. No two share a document, and none holds
-    held-out text. Raises DataError where the figures don't fit together or the text is too short.
+    each of the others is as much text of further documents, but for those of its finals with
+    `finals_tokens`. No two share a document, and none holds held-out text. Raises DataError where
+    the figures don't fit together or the text is too short.
     """
     prefix = opening_tokens(tokenizer)
     if window_tokens < len(prefix) + 2 or tokens < window_tokens:
@@ -177,6 +179,9 @@ def draw_windows(
             ) from error
         found.append(windows)
         used += more
+        if not draw and draws > 1:
+            _, more = packer.pack(rest[used:], finals_tokens, "finals")
+            used += more
     return tuple(found)
 
 

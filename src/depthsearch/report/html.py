@@ -226,7 +226,7 @@ def _verdict(run: RunData) -> str:
     if run.best == run.best_baseline:
         return (
             f"The answer is itself a baseline ({run.origin(run.best)}): on fresh data the search "
-            "found nothing better."
+            "found nothing that is better by more than noise."
         )
     if run.best_baseline is None:
         return (

@@ -70,7 +70,7 @@ def spaced(found: Sequence[Improvement], most: int) -> list[Improvement]:
 
 @dataclass(frozen=True)
 class Step:
-    """From a cost on, what a run would have returned: its held-out losses by window."""
+    """From a cost on, the best mask by search loss, or the answer: held-out losses by window."""
 
     cost_tokens: float
     losses: Sequence[float]
@@ -79,17 +79,13 @@ class Step:
 def course(runs: Sequence[Sequence[Step]], rng: np.random.Generator) -> dict[str, Any]:
     """Held-out loss of one arm against cost, from the steps of each of its seeds, by rising cost.
 
-    A point stands wherever a seed has a new mask, from where every seed has one, with an interval
-    over seeds and windows. `worsened` names the earlier point from which most was lost to the end,
-    paired by seed and window; None where no such loss is above zero at 95 %, a level that all
-    earlier points share (Bonferroni).
+    The last step of each seed is its answer, which the finals chose on fresh text; the others are
+    what was best so far by search loss. A point stands wherever a seed has a new mask, from where
+    every seed has one, with an interval over seeds and windows. `worsened` names the earlier point
+    from which most was lost to the last before the answers, paired by seed and window; None where
+    no such loss is above zero at 95 %, a level that all earlier points share (Bonferroni).
     """
-    start = max(steps[0].cost_tokens for steps in runs)
-    costs = sorted({max(start, step.cost_tokens) for steps in runs for step in steps})
-    tables = []
-    for cost in costs:
-        reached = [[s for s in steps if s.cost_tokens <= cost][-1] for steps in runs]
-        tables.append(np.array([step.losses for step in reached]))
+    costs, tables = _tables(runs)
     points = []
     for cost, table in zip(costs, tables, strict=True):
         found = bootstrap_interval(table, rng)
@@ -101,7 +97,20 @@ def course(runs: Sequence[Sequence[Step]], rng: np.random.Generator) -> dict[str
                 "heldout_kl_high": found.high,
             }
         )
-    return {"points": points, "worsened": _worsened(costs, tables, rng)}
+    searched = [steps[:-1] for steps in runs]
+    worsened = _worsened(*_tables(searched), rng) if all(searched) else None
+    return {"points": points, "worsened": worsened}
+
+
+def _tables(runs: Sequence[Sequence[Step]]) -> tuple[list[float], list[np.ndarray]]:
+    """The costs at which a seed has a new mask, and losses `[seed, window]` from there on."""
+    start = max(steps[0].cost_tokens for steps in runs)
+    costs = sorted({max(start, step.cost_tokens) for steps in runs for step in steps})
+    tables = []
+    for cost in costs:
+        reached = [[s for s in steps if s.cost_tokens <= cost][-1] for steps in runs]
+        tables.append(np.array([step.losses for step in reached]))
+    return costs, tables
 
 
 def _worsened(

@@ -84,13 +84,14 @@ class _Check:
     known_run: Path | None
     others: Sequence[Documents]
     stage: OnStage
-    backends: dict[str, Backend] = field(default_factory=dict)
+    backends: dict[tuple[str | None, str], Backend] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
         session, config = self.session, self.session.config
         check_masks(session.space)
         splits = session.splits(config.search.seed)
-        texts = check_texts(session, self.options, self.others, splits.heldout)
+        finals = 0 if self.known_run is None else config.calibration.finals_tokens
+        texts = check_texts(session, self.options, self.others, splits.heldout, finals)
         sizes = check_sizes(config.calibration, self.options)
         known: tuple[Proposal, ...] = ()
         if self.known_run is not None:
@@ -111,27 +112,32 @@ class _Check:
         with Journal(self.out / CALIBRATION_JOURNAL) as journal:
             ledger = Ledger(journal)
             ledger.commit(start)
-            proposals = self._masks(ledger, texts[0], known)
-            losses, cost, failed = self._losses(ledger, texts, proposals)
+            proposals, chosen = self._masks(ledger, texts[0], known)
+            losses, judged, failed = self._losses(ledger, texts, proposals)
         found = self._found(proposals, texts, losses, failed, sizes) | {
             "texts": start["texts"],
-            "cost_tokens": cost,
+            "cost_tokens": chosen + judged,
             "signature": start["signature"],
         }
         write_json(self.out / CALIBRATION, found)
         return found
 
-    def _masks(self, ledger: Ledger, text: Text, known: Sequence[Proposal]) -> tuple[Proposal, ...]:
+    def _masks(
+        self, ledger: Ledger, text: Text, known: Sequence[Proposal]
+    ) -> tuple[tuple[Proposal, ...], float]:
+        """What is judged, and what it cost to choose it."""
         session, options = self.session, self.options
         rng = np.random.default_rng([session.config.search.seed, _MASKS_SEED])
 
         def choose() -> Mapping[str, Any]:
-            hints, _ = self._backend(text).hints()
+            hints, cost = self._backend(text).hints()
             found = mask_set(session.space, hints, options.masks, rng, known)
-            return {"op": "masks", "proposals": [proposal.to_json() for proposal in found]}
+            proposed = [proposal.to_json() for proposal in found]
+            return {"op": "masks", "proposals": proposed, "cost_tokens": cost}
 
         record = ledger.recall("masks", choose)
-        return tuple(Proposal.from_json(entry) for entry in record["proposals"])
+        proposals = tuple(Proposal.from_json(entry) for entry in record["proposals"])
+        return proposals, float(record["cost_tokens"])
 
     def _losses(
         self, ledger: Ledger, texts: Sequence[Text], proposals: Sequence[Proposal]
@@ -184,15 +190,16 @@ class _Check:
         Made when a batch is missing, since one that is recorded needs neither states nor workers,
         and dropped for that of the next text.
         """
-        if text.name not in self.backends:
+        key = (text.kind, text.name)
+        if key not in self.backends:
             session, config = self.session, self.session.config
             if text.kind is None:
                 objective = config.objective.model_copy(update={"positions": 1.0})
                 changed = config.model_copy(update={"objective": objective})
                 session = replace(session, config=changed)
             self.backends.clear()
-            self.backends[text.name] = session.backend(text.windows, config.search.seed)
-        return self.backends[text.name]
+            self.backends[key] = session.backend(text.windows, config.search.seed)
+        return self.backends[key]
 
     def _found(
         self,
@@ -255,8 +262,8 @@ class _Check:
             "Without --run the masks are baselines and offspring that nobody has judged, and "
             "differ more than the finalists of a search do, whose winner may be less stable."
             if self.known_run is None
-            else "The run chose its masks on text of its own: with the same seed that is sample 1, "
-            "where they look better than they are."
+            else "The run chose its masks on text of its own: with the same seed and sizes that is "
+            "sample 1, where they look better than they are, and text that no sample holds."
         )
         return notes
 

@@ -83,15 +83,20 @@ class Text:
 
 
 def check_texts(
-    session: Session, options: CheckOptions, others: Sequence[Documents], heldout: Tensor
+    session: Session,
+    options: CheckOptions,
+    others: Sequence[Documents],
+    heldout: Tensor,
+    finals_tokens: int = 0,
 ) -> tuple[Text, ...]:
     """The draws, the first of them in other window lengths, the other texts, and held-out text.
 
+    Left out are the documents of so many `finals_tokens` on which a search would choose its answer.
     None of the draws shares a document with another one, with held-out text or with the others.
     Raises InputError for what the model or the texts don't hold.
     """
     texts = (
-        *_draws(session, options),
+        *_draws(session, options, finals_tokens),
         *_lengths(session, options),
         *_others(session, others),
         Text("held-out", None, heldout),
@@ -156,13 +161,16 @@ def other_texts(texts: Sequence[str], columns: Sequence[str]) -> list[tuple[str,
     ]
 
 
-def _draws(session: Session, options: CheckOptions) -> Iterator[Text]:
+def _draws(session: Session, options: CheckOptions, finals_tokens: int) -> Iterator[Text]:
     window = session.config.calibration.window_tokens
-    for place, windows in enumerate(_drawn(session, window, options.draws), start=1):
+    drawn = _drawn(session, window, options.draws, finals_tokens)
+    for place, windows in enumerate(drawn, start=1):
         yield Text(f"sample {place}", "draw", windows)
 
 
-def _drawn(session: Session, window_tokens: int, draws: int) -> tuple[Tensor, ...]:
+def _drawn(
+    session: Session, window_tokens: int, draws: int, finals_tokens: int = 0
+) -> tuple[Tensor, ...]:
     calibration = session.config.calibration
     return draw_windows(
         session.documents,
@@ -172,6 +180,7 @@ def _drawn(session: Session, window_tokens: int, draws: int) -> tuple[Tensor, ..
         draws,
         calibration.heldout_fraction,
         session.config.search.seed,
+        finals_tokens,
     )
 
 

@@ -50,6 +50,7 @@ from depthsearch.run.spaces import make_space
 from depthsearch.run.standing import NOTHING, measured_entry, ranks_of, section
 from depthsearch.run.tasks import check_task
 from depthsearch.run.verdict import ONE_SEED, overall
+from depthsearch.run.watching import working_seconds
 from depthsearch.run.workers import check_gradients, check_repair
 
 OnArm = Callable[[str, int, int, int], OnProgress | None]
@@ -147,11 +148,11 @@ def _compare(
         _section(config, at, found, lost, heldout)
         for at, found, lost in zip(sessions, measured, failed, strict=True)
     ]
-    seeds = config.compare.seeds
+    seeds, arms = config.compare.seeds, list(config.compare.arms.values())
     dense = heldout.cut[session.space.dense.key]
     shared = {
         "version": __version__,
-        "signature": session.signature(splits[0], seeds[0]) | {"seed": list(seeds)},
+        "signature": session.signature(splits[0], seeds[0], arms) | {"seed": list(seeds)},
         "sites": [site.name for site in session.space.sites],
         "dense": {
             "heldout_kl": float(np.mean(dense.kl)),
@@ -385,15 +386,10 @@ def _entry(arm: str, chosen: SearchConfig, score: str, run: Path) -> dict[str, A
         "cost": best["cost"],
         "cost_tokens": best["cost_tokens"],
         "evaluations": best["evaluations"],
-        "seconds": round(_busy_seconds(records), 1),
+        "seconds": round(working_seconds(records), 1),
         "select_loss": best["loss"],
         "finals_loss": best["finals_loss"],
         "search_repair": chosen.repair,
         "repair": best.get("repair"),
         "anytime": [[found.cost_tokens, found.loss] for found in improvements(records)],
     }
-
-
-def _busy_seconds(records: Sequence[Mapping[str, Any]]) -> float:
-    """Time between neighbouring records; a pause before a resume counts as one long step."""
-    return float(records[-1]["time"] - records[0]["time"])

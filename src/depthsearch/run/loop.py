@@ -20,7 +20,13 @@ from depthsearch.run.planning import finalist, planned
 from depthsearch.run.points import Contest, Finalists, FrontPoint
 from depthsearch.run.replaying import ask_size, searcher_rng
 from depthsearch.run.sharing import join, leave, recorded_ask
-from depthsearch.searchers import Searcher, SharedSearcher, build_searcher, needs_sensitivity
+from depthsearch.searchers import (
+    Searcher,
+    SharedSearcher,
+    build_searcher,
+    needs_limit,
+    needs_sensitivity,
+)
 from depthsearch.space import (
     Batch,
     Evaluation,
@@ -64,10 +70,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a search stands; `fraction` is the best guess of how much of it is done."""
+    """Where a search stands; `fraction` is the best guess of how much of its phase is done.
+
+    It is None where patience alone ends the search: nobody knows when.
+    """
 
     phase: str
-    fraction: float
+    fraction: float | None
     cost_tokens: float
     evaluations: int
     best_loss: float | None
@@ -426,12 +435,15 @@ class SearchLoop:
 
     def _report(self, phase: str, spent: float, part: float, proposals: Sequence[Proposal]) -> None:
         plan = self._plan
+        fraction: float | None
         if phase in ("finals", "done"):
             fraction = part
         elif plan.cost_tokens is not None:
             fraction = spent / plan.cost_tokens
         elif plan.max_evaluations is not None:
             fraction = (len(self._known) + part * len(proposals)) / plan.max_evaluations
+        elif needs_limit(plan.method):
+            fraction = None
         else:
             # Without a limit the share of the budget freed so far tells how far greedy has come.
             now = self._freed_by(proposals)
@@ -441,8 +453,9 @@ class SearchLoop:
             for mask in self._contest.at(self._contest.own)
             if (e := self._known[mask]).status is Status.OK and e.loss is not None
         ]
+        fraction = None if fraction is None else min(1.0, fraction)
         self._on_progress(
-            Progress(phase, min(1.0, fraction), spent, len(self._known), min(losses, default=None))
+            Progress(phase, fraction, spent, len(self._known), min(losses, default=None))
         )
 
 

@@ -33,7 +33,7 @@ from depthsearch.run.fits import text_name
 from depthsearch.run.front import front_grid, front_json
 from depthsearch.run.ledger import Ledger, difference
 from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, check_cost
-from depthsearch.run.session import Session, best_json, opened
+from depthsearch.run.session import Session, opened
 from depthsearch.run.sharing import search_identity
 from depthsearch.run.tasks import check_two_stacks
 from depthsearch.run.tracking import Tracker, open_tracker, tracked
@@ -180,6 +180,38 @@ def _continue(
             write_json(out / FRONT, _front(session, out, outcome, best, splits, finals))
         write_json(out / BEST, best)
     return outcome
+
+
+def best_json(
+    session: Session, outcome: Outcome, seed: int, signature: dict[str, Any]
+) -> dict[str, Any]:
+    """The result of a run, with the mask by site name and everything to reproduce it."""
+    space, mask = session.space, outcome.best
+    baseline = outcome.baseline
+    return {
+        "version": __version__,
+        "mask": mask.key,
+        "dropped": [space.sites[i].name for i in mask.dropped],
+        "kept": [space.sites[i].name for i in mask.kept],
+        "origin": outcome.origin,
+        "loss": outcome.search.loss,
+        "stderr": outcome.search.stderr,
+        "finals_loss": outcome.finals.loss,
+        "finals_stderr": outcome.finals.stderr,
+        "baseline": None if baseline is None else baseline.key,
+        "metric": space.budget.metric,
+        "cost": space.cost(mask),
+        "cap": space.cap,
+        "dense_cost": space.cost(space.dense),
+        "budget": space.budget.to_json(),
+        "budget_text": space.budget.text,
+        "cost_tokens": outcome.cost_tokens,
+        "evaluations": outcome.evaluations,
+        "reason": outcome.reason,
+        "seed": seed,
+        "signature": signature,
+        "model": session.model_json,
+    }
 
 
 def _whole(out: Path, best: Mapping[str, Any], front: bool) -> bool:

@@ -42,7 +42,7 @@ from depthsearch.run import tasks
 from depthsearch.run.fits import fit_data, load_fit, text_name
 from depthsearch.run.front import with_front
 from depthsearch.run.latency_table import Latency, read_latency
-from depthsearch.run.loop import Outcome, Plan
+from depthsearch.run.loop import Plan
 from depthsearch.run.replaying import searcher_options
 from depthsearch.run.spaces import make_space
 from depthsearch.run.workers import (
@@ -331,10 +331,9 @@ class Session:
         what |= {"model": self.loaded.model, "anatomy": self.anatomy, "toward_text": toward_text}
         return repairing(repair, fit, **what)
 
-    @property
-    def _repair_text(self) -> str:
-        """What a signature says of repairs, nothing where there are none."""
-        search, calibration = self.config.search, self.config.calibration
+    def _repair_text(self, search: SearchConfig) -> str:
+        """What a signature says of a search's repairs, nothing where there are none."""
+        calibration = self.config.calibration
         leaning = f", {search.toward_text:g} nats toward the text" if search.toward_text else ""
         parts = [
             f"{what} repaired ({kind}{how}) on {tokens // calibration.window_tokens} fit windows, "
@@ -398,11 +397,21 @@ class Session:
         """The calibration text's hub id, or the name of its file without the folders above."""
         return text_name(self.documents)
 
-    def signature(self, splits: Splits, seed: int) -> dict[str, Any]:
-        """What a figure cannot be separated from: versions, model, data, protocol, seed, dtype."""
+    def signature(
+        self, splits: Splits, seed: int, arms: Sequence[SearchConfig] = ()
+    ) -> dict[str, Any]:
+        """What a figure cannot be separated from: versions, model, data, protocol, seed, dtype.
+
+        The protocol is that of the configured search, or of all the `arms` of a comparison.
+        """
         calibration, objective = self.config.calibration, self.config.objective
-        finals = "" if self._one_loss else f", finals on {objective.kind}"
-        searched = f"search on {self.config.score}{finals}{tasks.protocol(self.config)}"
+        searches = arms or (self.config.search,)
+        scores = list(dict.fromkeys(search.score or objective.kind for search in searches))
+        finals = "" if scores == [objective.kind] else f", finals on {objective.kind}"
+        searched = f"search on {' or '.join(scores)}{finals}{tasks.protocol(self.config)}"
+        repairs = list(dict.fromkeys(self._repair_text(search) for search in searches))
+        if len(repairs) > 1:
+            repairs = ["by arm: " + "or ".join(text or "none repaired, " for text in repairs)]
         return {
             "depthsearch": __version__,
             "torch": torch.__version__,
@@ -427,7 +436,7 @@ class Session:
                 f"{searched}, windows of {self._window_text}, "
                 f"{100 * objective.positions:g} % of positions, select {len(splits.select)} / "
                 f"finals {len(splits.finals)} / held-out {len(splits.heldout)} windows, "
-                f"batches of {calibration.batch_tokens} tokens, {self._repair_text}"
+                f"batches of {calibration.batch_tokens} tokens, {repairs[0]}"
                 f"replay by {self.check.mode}"
             ),
             **tasks.metric(self.config),
@@ -488,35 +497,3 @@ def opened(config: RunConfig, session: Session | None) -> Iterator[Session]:
 def check_search(search: SearchConfig) -> None:
     """Refuse an unknown method or option before anything slow starts; raises ConfigError."""
     check_options(search.method, search.options)
-
-
-def best_json(
-    session: Session, outcome: Outcome, seed: int, signature: dict[str, Any]
-) -> dict[str, Any]:
-    """The result of a run, with the mask by site name and everything to reproduce it."""
-    space, mask = session.space, outcome.best
-    baseline = outcome.baseline
-    return {
-        "version": __version__,
-        "mask": mask.key,
-        "dropped": [space.sites[i].name for i in mask.dropped],
-        "kept": [space.sites[i].name for i in mask.kept],
-        "origin": outcome.origin,
-        "loss": outcome.search.loss,
-        "stderr": outcome.search.stderr,
-        "finals_loss": outcome.finals.loss,
-        "finals_stderr": outcome.finals.stderr,
-        "baseline": None if baseline is None else baseline.key,
-        "metric": space.budget.metric,
-        "cost": space.cost(mask),
-        "cap": space.cap,
-        "dense_cost": space.cost(space.dense),
-        "budget": space.budget.to_json(),
-        "budget_text": space.budget.text,
-        "cost_tokens": outcome.cost_tokens,
-        "evaluations": outcome.evaluations,
-        "reason": outcome.reason,
-        "seed": seed,
-        "signature": signature,
-        "model": session.model_json,
-    }

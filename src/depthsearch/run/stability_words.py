@@ -31,12 +31,13 @@ def verdict(found: Found) -> str:
     draws = _of(found, "draw")
     winners = {row["winner"] for row in draws}
     size, configured = draws[0]["tokens"], _configured(found)
+    share = None if configured is None else configured["shares"][draws[0]["winner"]]
     if len(winners) > 1:
         said = f"The winner depends on the sample: {_winners_text(draws)}."
-    elif configured is not None and configured["favourite_share"] < SETTLED:
+    elif share is not None and share < SETTLED:
         said = (
             f"The winner is not settled: all {len(draws)} samples name {label(*winners)}, but of "
-            f"resampled texts of {size:,} tokens only {_percent(configured['favourite_share'])} do."
+            f"resampled texts of {size:,} tokens only {_percent(share)} do."
         )
     else:
         said = f"The winner is stable: all {len(draws)} samples of {size:,} tokens name " + (

@@ -144,6 +144,7 @@ def _row(arm: str, found: Entries, table: np.ndarray, rng: np.random.Generator) 
         "cut_kl_mean": _mean([e["cut_kl"] for e in found]),
         "baselines": [e["baseline"] for e in found if e["baseline"] is not None],
         "repaired": any(e["repair"] is not None for e in found),
+        "finish": _kind(found[0])[1],
         "select_loss_mean": _mean([e["select_loss"] for e in found]),
         "cost_tokens_mean": _mean([e["cost_tokens"] for e in found]),
         "evaluations_mean": _mean([float(e["evaluations"]) for e in found]),

@@ -37,8 +37,9 @@ class Outcome:
 
     `kind` is "pays" where the best search is better than the best one-pass arm, "enough" where the
     interval rules out a gain over that one that matters (`SLIGHT`), "open" where it does not, and
-    "no rival" where searches or one-pass arms are missing. Which ones are best is by their means,
-    so "better" is meant among all pairs of a search and a one-pass arm.
+    "no rival" where searches or one-pass arms are missing, or where no one-pass arm is repaired at
+    its end as the best search is: what a repair gains is no gain of the search. Which ones are best
+    is by their means, so "better" is meant among all pairs of a search and a one-pass arm.
     `difference` is that of the best one-pass arm minus the best search in nats, with its interval
     where it is known. `baselines` are the answers of the search, in words, that it did not find but
     started from.
@@ -66,7 +67,11 @@ def outcome(summary: Rows, pairs: Rows) -> Outcome:
     searches = [row for row in ranked if row["method"] not in ONE_PASS]
     if not simple or not searches:
         return Outcome("no rival")
-    search, best = str(searches[0]["arm"]), str(simple[0]["arm"])
+    search = str(searches[0]["arm"])
+    alike = [row for row in simple if row.get("finish") == searches[0].get("finish")]
+    if not alike:
+        return Outcome("no rival", search)
+    best = str(alike[0]["arm"])
     gain = _gain(best, search, pairs)
     if _worse(best, search, pairs, among=len(simple) * len(searches)):
         baselines = tuple(searches[0].get("baselines", ()))
@@ -112,14 +117,20 @@ def verdict(summary: Rows, pairs: Rows, warnings: Sequence[str] = ()) -> str:
             )
         if tied:
             said.append(f"No difference to {_listed(tied)} is shown.")
-        said += _helped(outcome(summary, pairs), float(best["heldout_kl_mean"]))
+        means = {str(row["arm"]): float(row["heldout_kl_mean"]) for row in ranked}
+        said += _helped(outcome(summary, pairs), means)
     return " ".join([*said, *warnings])
 
 
-def _helped(found: Outcome, lowest: float) -> list[str]:
-    """Whether search helped, by how much, and what is enough instead."""
+def _helped(found: Outcome, means: Mapping[str, float]) -> list[str]:
+    """Whether search helped, by how much, and what is enough instead; `means` are those of arms."""
     if found.kind == "no rival":
-        return []
+        if found.search is None:
+            return []
+        return [
+            "Whether search helped is not said: no method without a search is repaired as "
+            f"{found.search} is, and what a repair gains is no gain of the search."
+        ]
     gain = None
     if found.difference is not None and found.low is not None and found.high is not None:
         gain = f"{found.difference:.4f} nats [{found.low:.4f}, {found.high:.4f}]"
@@ -132,7 +143,7 @@ def _helped(found: Outcome, lowest: float) -> list[str]:
                 f"{found.search} is {gain} below {found.simple}, but its every answer is a mask "
                 f"that needs no search ({names}). Search did not help over one-pass methods here."
             ]
-        part = 100 * found.difference / (lowest + found.difference)
+        part = 100 * found.difference / means[str(found.simple)]
         some = [
             f"With {len(found.baselines)} of {found.seeds} seeds its answer needed no search "
             f"({names})."
@@ -147,7 +158,8 @@ def _helped(found: Outcome, lowest: float) -> list[str]:
         return [
             f"Whether search helps over {found.simple}, a method without a search, is not decided: "
             f"the interval leaves room for a gain of {found.high:.4f} nats "
-            f"({100 * found.high / lowest:.0f} %); more seeds or held-out text would tell."
+            f"({100 * found.high / min(means.values()):.0f} %); more seeds or held-out text would "
+            "tell."
         ]
     said = []
     if found.high is not None:
@@ -178,7 +190,7 @@ def overall(sections: Rows, ranks: Rows) -> str:
         "pays": "Search pays at",
         "enough": "A method without a search is enough at",
         "open": "The intervals can't tell whether search helps over a method without one at",
-        "no rival": "No search and one-pass method are there to compare at",
+        "no rival": "No search and one-pass method, repaired alike, are there to compare at",
     }
     said = [f"{words[kind]} {'; '.join(groups[kind])}." for kind in words if kind in groups]
     if len(ranks) > 1:
@@ -217,9 +229,9 @@ def warnings_of(
         turned = course["worsened"]
         if turned is not None:
             said.append(
-                f"{course['arm']} was better on held-out text after {turned['cost_tokens']:,.0f} "
-                f"tokens than at its end, by {turned['difference']:.4f} nats: searching on made "
-                "it worse."
+                f"What {course['arm']} had found after {turned['cost_tokens']:,.0f} tokens was "
+                f"better on held-out text, by {turned['difference']:.4f} nats, than the mask with "
+                "its lowest search loss: searching on made it worse."
             )
     if correlation is not None and correlation["low"] <= 0:
         said.append(

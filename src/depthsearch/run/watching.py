@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,18 @@ from depthsearch.run.arms import arm_runs
 from depthsearch.run.course import Course, Step
 from depthsearch.run.directory import ARMS, BEST, COMPARE, CONFIG, JOURNAL, WORKERS, understood
 
-WAITING, STARTED, SEARCHING, FINALS, DONE, STALLED = PHASES = (
+WAITING, STARTED, SEARCHING, FINALS, DONE, STALLED, FAILED = PHASES = (
     "waiting",
     "started",
     "searching",
     "finals",
     "done",
     "stalled",
+    "failed",
 )
 """A run is waiting (an arm whose turn has not come), started (the dense model is recorded),
-searching, in its finals, done, or stalled: without a new record for unusually long."""
+searching, in its finals, done, stalled (no new record for unusually long), or failed: without a
+result in a comparison that is over."""
 
 _WINDOW_STEPS = 20
 _GAP = 8.0
@@ -38,6 +40,8 @@ _GAP = 8.0
 _QUIET_S = 300.0
 _QUIET_STEPS = 20.0
 """A run is stalled after `_QUIET_S` without a record, or `_QUIET_STEPS` usual steps if longer."""
+_IDLE_S = 60.0
+"""Between two records that cost nothing lies a pause, not work, if it is longer than this."""
 _FRESH_S = 30.0
 """How old workers.json may be to count as a sign of life."""
 
@@ -131,7 +135,7 @@ class RunState:
     @property
     def over(self) -> bool:
         """Whether nothing more is to come."""
-        return self.phase == DONE
+        return self.phase in (DONE, FAILED)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -227,6 +231,27 @@ def rates(steps: Sequence[Step]) -> tuple[float | None, float | None]:
     )
 
 
+def working_seconds(records: Sequence[Record]) -> float:
+    """How long a run worked, without the time between its being stopped and resumed.
+
+    A step that took `_GAP` times longer for its cost than the median counts as a median one.
+    """
+    steps: list[tuple[float, float]] = []
+    time, cost = (float(records[0]["time"]), 0.0) if records else (0.0, 0.0)
+    for record in records[1:]:
+        then, spent = float(record["time"]), float(record.get("cost_tokens", cost))
+        steps.append((max(0.0, then - time), spent - cost))
+        time, cost = then, spent
+    paid = [seconds / spent for seconds, spent in steps if spent > 0]
+    usual = statistics.median_low(paid) if paid else 0.0
+    return sum(
+        (seconds if seconds <= _GAP * usual * spent else usual * spent)
+        if spent > 0
+        else (seconds if seconds <= _IDLE_S else 0.0)
+        for seconds, spent in steps
+    )
+
+
 def _phase(course: Course, quiet: float | None, most: int | None, alive: bool) -> str:
     """The phase of a run without best.json; `alive` says that its workers were heard of."""
     if quiet is None:
@@ -273,8 +298,13 @@ class Watcher:
         names = _arms(self._path / CONFIG)
         if names is None:
             raise RunDirectoryError(f"{self._path} is no comparison any more")
-        runs = tuple(self._run(self._path / ARMS / name, name, now) for name in names)
-        return CompareState(self._path.name, (self._path / COMPARE).is_file(), runs)
+        runs = [self._run(self._path / ARMS / name, name, now) for name in names]
+        over = (self._path / COMPARE).is_file()
+        if over:
+            runs = [
+                run if run.over else replace(run, phase=FAILED, seconds_left=None) for run in runs
+            ]
+        return CompareState(self._path.name, over, tuple(runs))
 
     def _run(self, path: Path, name: str, now: float) -> RunState:
         if self._compare and not (path / JOURNAL).is_file():
