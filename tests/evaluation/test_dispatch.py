@@ -117,6 +117,30 @@ def test_a_mask_is_not_given_up_for_deaths_that_it_did_not_cause(workers: int) -
     assert not found.quarantined
 
 
+@pytest.mark.parametrize(
+    ("workers", "count", "mask_s", "record_s"),
+    [(1, 64, 40, 0), (1, 16, 200, 0), (1, 16, 120, 200), (2, 64, 80, 0), (4, 128, 80, 0)],
+)
+def test_healthy_workers_that_take_long_are_given_less(
+    workers: int, count: int, mask_s: float, record_s: float
+) -> None:
+    """Each takes far longer than the limit for all the masks, and less than it for one of them."""
+    crew = SimulatedCrew(
+        workers, loss, lambda unit, rng: mask_s * len(unit.masks), record_s=record_s
+    )
+    found = dispatcher(crew, unit_timeout_s=600)
+    asked = masks(count)
+    for text in ("one", "two"):
+        begun, lost = crew.now, found.state()["units_reissued"]
+        answers = found.compute(text, 0, asked, sure=True)
+        assert answers == [loss(text, 0, mask) for mask in asked]
+        ideal = mask_s * count / workers
+    assert not found.quarantined
+    # Once it is known how fast they are, none is taken for hung any more.
+    assert found.state()["units_reissued"] == lost
+    assert crew.now - begun <= 1.5 * ideal + 3 * record_s
+
+
 def test_workers_that_never_come_up_end_in_a_clear_error() -> None:
     class Stillborn(SimulatedCrew):
         def start(self, worker: str) -> None:

@@ -170,8 +170,9 @@ class ClusterConfig(Section):
     weights: Literal["path", "store"] = "path"
     """workers load model.path themselves, or share the driver's weights through Ray's store"""
     unit_timeout_s: Annotated[float, Field(gt=0)] = 600
-    """seconds after which a worker that has not answered is taken for hung and replaced; with
-    model.streamed it must last for a pass over all weights"""
+    """seconds after which a worker that has not answered is taken for hung and replaced, and what
+    it had is tried in halves; they must last for one mask on one batch (on all of them where masks
+    are repaired), with model.streamed for a pass over all weights"""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600
     """seconds to wait for a first worker"""
     restarts: Annotated[Whole, Field(ge=0)] = 3

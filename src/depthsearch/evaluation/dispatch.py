@@ -260,12 +260,17 @@ class Dispatcher:
                 worker = self._workers[name]
                 run = self._choose(worker, depth)
                 if run is not None:
-                    size = target(self._share(run.batch), run)
+                    size = min(target(self._share(run.batch), run), self._longest)
                     self._submit(worker, self._pool.take(run, size, self._least))
                 elif depth:
                     return
                 else:
                     self._refused.add(name)
+
+    @property
+    def _longest(self) -> float:
+        """What a worker does in half of the time after which it would be taken for hung."""
+        return self._progress.pace * self._limits.unit_timeout_s / 2 or math.inf
 
     def _choose(self, worker: _Worker, depth: int) -> Run | None:
         """What to give a worker that holds `depth` units; None where others should try."""
@@ -380,7 +385,9 @@ class Dispatcher:
             hungry.pop(worker.name, None)
         self._last_reason = reason
         place = self._places[worker.place]
-        place.fruitless += 1
+        # A worker that is not done with many masks in time may be well, and the unit too large.
+        late = status is Status.TIMED_OUT and len(worker.held[0].masks) > 1
+        place.fruitless += not late
         for position, unit in enumerate(worker.held):
             if position == 0:
                 self._suspect(unit, worker.name, reason, status, tries)
@@ -399,7 +406,8 @@ class Dispatcher:
     def _suspect(self, unit: Unit, worker: str, reason: str, status: Status, tries: int) -> None:
         """Try a unit again whole, then in halves; a mask alone is given up after so many tries.
 
-        Two workers at least have failed it then, where there is another.
+        In halves at once where the time ran out: it may have been too short for so many masks. Two
+        workers at least have failed it then, where there is another.
         """
         tried = self._tried.pop(unit.number, frozenset())
         if len(unit.masks) == 1:
@@ -409,7 +417,7 @@ class Dispatcher:
             if len(alone) >= tries and (len(set(alone)) > 1 or self._all_tried(alone)):
                 self._quarantine(unit.text, mask, status, reason)
                 return
-        half = len(unit.masks) // 2 if tried else 0
+        half = len(unit.masks) // 2 if tried or status is Status.TIMED_OUT else 0
         for masks in (unit.masks[:half], unit.masks[half:]):
             # Who had a mask in company may still have it alone.
             single = len(masks) == 1

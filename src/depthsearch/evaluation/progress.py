@@ -37,7 +37,11 @@ class Progress:
         self._done_work += work
         self._done_s += seconds
 
+    @property
+    def pace(self) -> float:
+        """The work that a worker does in a second, in sublayers; 0 while that is not known."""
+        return self._done_work / self._done_s if self._done_s > 0 else 0.0
+
     def left(self, now: float) -> float:
         """About how much of what workers hold is still to do, in sublayers."""
-        pace = self._done_work / self._done_s if self._done_s > 0 else 0.0
-        return max(0.0, self._work - pace * (self.busy * now - self._since))
+        return max(0.0, self._work - self.pace * (self.busy * now - self._since))
