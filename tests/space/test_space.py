@@ -226,6 +226,31 @@ def test_enumerate_gives_up_on_a_large_space() -> None:
     assert len(small.enumerate(limit=210) or ()) == 210
 
 
+DEEP: dict[str, tuple[SearchSpace, int]] = {
+    "two of 24 blocks": (build(24, Budget("blocks", drop=2), "block"), 276),
+    "three of 28 blocks": (build(28, Budget("sites", drop=6), "block"), 3276),
+    "two of 30 caches": (build(30, Budget("kv_bytes", ratio=28 / 30)), 435),
+    "a block's worth of pairs": (
+        build(30, Budget("params", ratio=29 / 30, of="blocks"), packable=True),
+        59,
+    ),
+    "two blocks' worth of pairs": (
+        build(30, Budget("params", ratio=28 / 30, of="blocks"), packable=True),
+        1653,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_few_masks_are_listed_however_deep_the_model(name: str) -> None:
+    space, count = DEEP[name]
+    masks = space.enumerate()
+    assert masks is not None
+    assert len(set(masks)) == len(masks) == count
+    assert all(space.on_budget(mask) for mask in masks)
+    assert [mask.key for mask in masks] == sorted((mask.key for mask in masks), reverse=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "cheapest"),
     [

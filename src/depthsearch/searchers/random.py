@@ -12,6 +12,7 @@ from depthsearch.searchers.staged import Plan, best_masks
 from depthsearch.space import Batch, Evaluation, Mask, Proposal, SearchSpace
 
 _TRIES_A_MASK = 20
+_LEAST_TRIES = 320
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class FreshMasks:
     """Random masks on budget, none of them twice, until the space is exhausted.
 
     Masks used elsewhere are handed in through `add`. When random draws bring nothing new, what is
-    left is listed, on a space small enough to be listed.
+    left is listed; a space too large for that counts as exhausted for as long as draws are dry.
     """
 
     def __init__(self, space: SearchSpace, rng: np.random.Generator) -> None:
@@ -81,6 +82,7 @@ class FreshMasks:
         self._rng = rng
         self._seen: set[Mask] = set()
         self._left: Iterator[Mask] | None = None
+        self._large = False
 
     @property
     def listed(self) -> bool:
@@ -101,7 +103,8 @@ class FreshMasks:
         """At most `count` new masks; fewer, or none, when no more are found."""
         found: list[Mask] = []
         tries = 0
-        while len(found) < count and tries < _TRIES_A_MASK * count and self._left is None:
+        most = max(_LEAST_TRIES if self._large else 0, _TRIES_A_MASK * count)
+        while len(found) < count and tries < most and self._left is None:
             tries += 1
             mask = self._space.decode(self._rng.random(len(self._space.genes)).tolist())
             if self.add(mask):
@@ -111,9 +114,13 @@ class FreshMasks:
         return found
 
     def _list(self, count: int) -> Iterator[Mask]:
+        if self._left is None and not self._large:
+            masks = self._space.enumerate()
+            self._large = masks is None
+            if masks is not None:
+                self._left = iter([masks[i] for i in self._rng.permutation(len(masks))])
         if self._left is None:
-            masks = self._space.enumerate() or ()
-            self._left = iter([masks[i] for i in self._rng.permutation(len(masks))])
+            return
         for _ in range(count):
             mask = next((m for m in self._left if self.add(m)), None)
             if mask is None:

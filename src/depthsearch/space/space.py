@@ -282,34 +282,46 @@ class SearchSpace:
         """
         if self.fits(self.dense):
             return (self.dense,)
+        most = 20 * limit + 20_000
+        found = self._listed_by_pairs(limit, most) if self._pairs else self._listed(limit, most)
+        return None if found is None or len(found) > limit else tuple(found)
+
+    def _listed(self, limit: int, most: int) -> list[Mask] | None:
+        """Masks on budget of a space of genes, gene by gene; None where that takes too long."""
         found: list[Mask] = []
         steps, keep = 0, list(self.dense.keep)
         caps = [each.cap for each in self.limits]
+        # What no limit counts can always be put back, so no mask on budget drops it.
+        genes = [gene for gene in self.genes if any(each.touches(gene) for each in self.limits)]
         # By cost: what the genes from each place on could still free, and what one put-back takes
         # at most.
         reach, step = [], []
         for each in self.limits:
-            single = [each.weight(keep, gene) for gene in self.genes]
-            shared = sum(amount for _, amount in each.table.shared)
+            single = [each.weight(keep, gene) for gene in genes]
+            shared = sum(
+                amount
+                for indices, amount in each.table.shared
+                if not any(set(gene).issuperset(indices) for gene in genes)
+            )
             reach.append([sum(single[place:]) + shared for place in range(len(single) + 1)])
-            step.append(max(single) * (2 if self._pairs else 1) + shared)
+            step.append(max(single) + shared)
 
         def visit(place: int, costs: tuple[int, ...]) -> bool:
             nonlocal steps
             steps += 1
-            if steps > 20 * limit + 20_000 or len(found) > limit:
+            if steps > most or len(found) > limit:
                 return False
             left = zip(costs, caps, reach, strict=True)
             if any(cost - freed[place] > cap for cost, cap, freed in left):
                 return True
-            if below([cost + most for cost, most in zip(costs, step, strict=True)], caps):
+            if below([cost + taken for cost, taken in zip(costs, step, strict=True)], caps):
                 return True
-            if place == len(self.genes):
+            if place == len(genes):
                 mask = Mask(tuple(keep))
                 if self.contains(mask) and self._maximal(keep, costs):
                     found.append(mask)
                 return True
-            gene = self.genes[place]
+            gene = genes[place]
             if not visit(place + 1, costs):
                 return False
             freed = weights(self.limits, keep, gene)
@@ -318,11 +330,38 @@ class SearchSpace:
             _set(keep, gene, True)
             return complete
 
-        return (
-            tuple(found)
-            if visit(0, costs_of(self.limits, self.dense)) and len(found) <= limit
-            else None
-        )
+        return found if visit(0, costs_of(self.limits, self.dense)) else None
+
+    def _listed_by_pairs(self, limit: int, most: int) -> list[Mask] | None:
+        """Masks on budget of a space of pairs, pair by pair; None where that takes too long.
+
+        Whatever is larger than a mask on budget is over a cap, so that each is found by removals
+        from masks over a cap alone.
+        """
+        caps = [each.cap for each in self.limits]
+        found: list[Mask] = []
+        queue = [(self.dense.keep, costs_of(self.limits, self.dense))]
+        seen, steps = {self.dense.keep}, 0
+        while queue:
+            kept, costs = queue.pop()
+            keep = list(kept)
+            for unit in self._removable(keep):
+                steps += 1
+                if steps > most or len(found) > limit:
+                    return None
+                freed = weights(self.limits, keep, unit)
+                smaller = list(keep)
+                _set(smaller, unit, False)
+                key = tuple(smaller)
+                if key in seen:
+                    continue
+                seen.add(key)
+                left = tuple(a - b for a, b in zip(costs, freed, strict=True))
+                if not below(left, caps):
+                    queue.append((key, left))
+                elif self._maximal(smaller, left):
+                    found.append(Mask(key))
+        return sorted(found, key=lambda mask: mask.key, reverse=True)
 
     @cached_property
     def fingerprint(self) -> str:
