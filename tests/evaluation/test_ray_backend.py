@@ -283,6 +283,7 @@ def test_a_packed_model_computes_the_same_from_the_same_memory(
     for array in packed.arrays:
         array.flags.writeable = False
     again = unpack(packed)
+    assert again.lm_head.weight is again.get_input_embeddings().weight
     ids = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)

@@ -213,6 +213,13 @@ def test_the_base_model_is_not_overwritten(tmp_path: Path) -> None:
             replace(loaded, source=str(out)),
             anatomy, keeping("11 00"), out, overwrite=True, check=False,
         )  # fmt: skip
+    (out / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ExportError, match="is the base model itself, or holds it"):
+        export(
+            replace(loaded, source=str(out / "model.gguf")),
+            anatomy, keeping("11 00"), out, overwrite=True, check=False,
+        )  # fmt: skip
+    assert (out / "model.gguf").is_file()
 
 
 def test_masks_without_a_native_form_leave_nothing(tmp_path: Path) -> None:

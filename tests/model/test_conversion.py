@@ -154,6 +154,19 @@ def test_scaled_rotary_embeddings_are_refused(dense, tmp_path, scaling, said):
     assert not list((tmp_path / "cache/converted").iterdir())
 
 
+def test_biases_that_the_model_has_no_place_for_are_refused(dense, tmp_path):
+    """transformers would drop them without a word, and every loss would be another model's."""
+
+    def biased(writer):
+        for block in range(2):
+            writer.add_tensor(f"blk.{block}.attn_q.bias", np.ones(32, np.float32))
+
+    file = written(dense, tmp_path / "biased" / "Biased.gguf", biased)
+    with pytest.raises(ModelError, match="2 of its 2 biases have no place in LlamaForCausalLM"):
+        converted_gguf(file, tmp_path / "cache")
+    assert not list((tmp_path / "cache/converted").iterdir())
+
+
 @pytest.mark.parametrize(
     "scaling", [lambda writer: linear(writer, 1.0), lambda writer: frequencies(writer, 1.0)]
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tests.tiny_runs import WORDS, workplace_config, write_text
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,6 +97,39 @@ class TestExport:
         last = {stage: (done, total) for stage, done, total in stages}
         assert list(last) == ["perplexity, dense", "perplexity, pruned", "speed", "memory"]
         assert all(done == total for done, total in last.values())
+
+    def test_figures_say_what_they_were_measured_with(self, exported: Any, packable: Path) -> None:
+        signature = exported[2]["signature"]
+        searched = json.loads((packable / BEST).read_text())["signature"]
+        now = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": "cpu"}
+        assert now.items() <= signature["measured_with"].items()
+        assert {key: signature[key] for key in searched} == searched
+
+    def test_text_that_has_changed_leaves_no_figures(self, packable: Path, tmp_path: Path) -> None:
+        """What is held out of it now may be what the search selected on."""
+        run, text = tmp_path / "run", tmp_path / "text.txt"
+        shutil.copytree(packable, run)
+        config = yaml.safe_load((run / CONFIG).read_text())
+        source = Path(config["calibration"]["text"])
+        text.write_text(source.read_text() + "\n\nOne more document that was not there before.\n")
+        config["calibration"]["text"] = str(text)
+        (run / CONFIG).write_text(yaml.safe_dump(config))
+        result, summary = export_run(run, tmp_path / "small")
+        assert "text.txt has changed since the search" in str(result.unmeasured)
+        assert summary["rows"] == []
+        assert (tmp_path / "small" / "config.json").is_file()
+
+    def test_a_run_of_a_cluster_is_exported_without_ray(
+        self, packable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = tmp_path / "run"
+        shutil.copytree(packable, run)
+        config = yaml.safe_load((run / CONFIG).read_text())
+        config["cluster"] |= {"backend": "ray", "threads": None, "num_cpus": 1}
+        (run / CONFIG).write_text(yaml.safe_dump(config))
+        monkeypatch.setattr("depthsearch.run.workers.find_spec", lambda name: None)
+        result, _ = export_run(run, tmp_path / "small", measure=False)
+        assert result.verification is not None
 
     def test_an_unfinished_run_is_refused(self, packable: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"

@@ -65,9 +65,10 @@ def export(
     The directory appears only when complete; its last file is depthsearch.json. `overwrite`
     replaces an earlier export. `tokens` `[batch, seq]` are the ids for the check, as
     `verify_export` takes them, random ones by default. An export that fails its check is kept as
-    `<out>.failed`. `measure` is called with the checked checkpoint before its card is written, and
-    adds its figures to the card's; where it raises a DepthsearchError, the card goes without.
-    `patches` are refitted weights that take the place of the old ones.
+    `<out>.failed` or under a name that begins so. `measure` is called with the checked checkpoint
+    before its card is written, and adds its figures to the card's; where it raises a
+    DepthsearchError, the card goes without. `patches` are refitted weights that take the place of
+    the old ones.
 
     Raises ExportError for a mask or model that has no native form, for a target that exists, and
     for a failed check; StorageError for a full disk.
@@ -78,8 +79,9 @@ def export(
         out = out.resolve()
     plan = plan_native(anatomy, mask)
     check_target(out, overwrite)
-    if out.exists() and Path(loaded.source).expanduser().resolve() == out.resolve():
-        raise ExportError(f"{out} is the base model itself: choose another name")
+    source = Path(loaded.source).expanduser().resolve()
+    if out.exists() and out.resolve() in (source, *source.parents):
+        raise ExportError(f"{out} is the base model itself, or holds it: choose another name")
     with patched(loaded.model, anatomy, patches):
         small = small_model(loaded, anatomy, plan)
     parameters = _parameters(small)

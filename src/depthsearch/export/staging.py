@@ -73,14 +73,9 @@ def staged(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def set_aside(directory: Path, out: Path) -> Path:
-    """Keep what failed its check as `<out>.failed`, in the place of an earlier failure."""
+    """Keep what failed its check as `<out>.failed`, or beside what has that name already."""
     failed = out.with_name(f"{out.name}.failed")
-    if failed.exists():
-        if not (failed / "config.json").is_file() or (failed / MANIFEST).exists():
-            failed = _beside(out, "failed")
-        else:
-            shutil.rmtree(failed)
-    return directory.rename(failed)
+    return directory.rename(_beside(out, "failed") if failed.exists() else failed)
 
 
 def require_room(out: Path, needed_bytes: int) -> None:

@@ -31,6 +31,8 @@ CACHE_VARIABLE = "DEPTHSEARCH_CACHE"
 _MAGIC = b"GGUF"
 _PARTIAL = ".partial-"
 _STALE_SECONDS = 24 * 3600
+_LARGE_GEMMA2 = 46
+"""Blocks of the one Gemma 2 whose query_pre_attn_scalar is not the width of its heads."""
 _FOREIGN_ERRORS = (
     OSError,
     ValueError,
@@ -153,6 +155,11 @@ def _read(file: Path) -> tuple[Any, Any]:
             f"{file}: its rotary embeddings are scaled ({scaling}), which transformers does not "
             "read from GGUF files: give the model as safetensors"
         )
+    if lost := _lost(file, model):
+        raise ModelError(
+            f"{file}: {lost}, which transformers does not read from GGUF files: give the model as "
+            "safetensors"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -166,6 +173,19 @@ def _read(file: Path) -> tuple[Any, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model.to(torch.bfloat16), tokenizer
+
+
+def _lost(file: Path, model: Any) -> str | None:
+    """What of the file is no part of the model that was read, None where nothing is known to be."""
+    from gguf import GGUFReader
+
+    there = sum(tensor.name.endswith(".bias") for tensor in GGUFReader(file).tensors)
+    read = sum(name.endswith(".bias") for name, _ in model.named_parameters())
+    if there > read:
+        return f"{there - read} of its {there} biases have no place in {type(model).__name__}"
+    if model.config.model_type == "gemma2" and model.config.num_hidden_layers == _LARGE_GEMMA2:
+        return "Gemma 2 of 27B scales its attention by the width of a head in the stream"
+    return None
 
 
 def _rope_scaling(file: Path) -> str | None:

@@ -81,6 +81,8 @@ def unpack(packed: PackedModel) -> Any:
         tensor = _tensor(array).view(getattr(torch, dtype))
         state |= dict.fromkeys(names, tensor)
     model.load_state_dict(state, assign=True, strict=True)
+    # Each name has got a parameter of its own, which a move to a device would copy apart.
+    model.tie_weights()
     return model.eval().requires_grad_(False)
 
 

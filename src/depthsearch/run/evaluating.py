@@ -18,8 +18,11 @@ from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.calibration.windows import fixed_order, text_sample, text_windows
 from depthsearch.errors import InputError
 from depthsearch.model.load import LoadedModel, load_model
-from depthsearch.run.figures import OnStage, measure_beside, memory_suffices
+from depthsearch.run.figures import OnStage, measure_beside, measured_with, memory_suffices
 from depthsearch.run.tasks import make_rows
+
+_PROBE = "One naïve check: 3.14 × 2 = 6.28 and “so on”.\n\tβ 你好"
+"""Text that different tokenizers part differently."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def evaluate_checkpoint(
             name: {"source": m.source, "revision": m.revision, "fingerprint": m.fingerprint}
             for name, m in loaded.items()
         },
+        "measured_with": measured_with(loaded["model"]),
         "rows": rows,
     }
 
@@ -134,6 +138,11 @@ def _sample(
     two = {bool(m.model.config.is_encoder_decoder) for m in loaded.values()}
     if len(two) > 1:
         raise InputError("of the two models one is an encoder-decoder and the other is not")
+    if len({tuple(m.tokenizer(_PROBE)["input_ids"]) for m in loaded.values()}) > 1:
+        raise InputError(
+            "the two models have different tokenizers: perplexities of different tokens are no "
+            "comparison; evaluate each by itself, or name the --beside that the model was made from"
+        )
     if isinstance(text, Documents):
         if two == {True}:
             raise InputError(

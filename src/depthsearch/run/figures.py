@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from depthsearch import __version__
 from depthsearch.calibration.tasks import Task
 from depthsearch.config import RunConfig, to_yaml
-from depthsearch.errors import ModelError, StorageError
+from depthsearch.config.schema import ClusterConfig
+from depthsearch.errors import DataError, ModelError, StorageError
 from depthsearch.evaluation.samples import is_out_of_memory
 from depthsearch.export import CardData, ExportResult, Figure, export
 from depthsearch.journal import read_journal
@@ -38,6 +41,7 @@ from depthsearch.run.front import find_point
 from depthsearch.run.latency import beside_prediction
 from depthsearch.run.search import run_config
 from depthsearch.run.session import Session
+from depthsearch.run.workers import threads_of
 from depthsearch.space import Budget, Mask
 
 EXPORT = "export.json"
@@ -85,6 +89,10 @@ def export_run(
     session.check_model(best, run)
     mask = Mask.from_key(best["mask"])
     splits = session.splits(config.search.seed, fit_tokens=0)
+    same_text = best["signature"]["data"].get("documents") == session.documents.fingerprint
+    signature = best["signature"] | (
+        {"measured_with": measured_with(session.loaded)} if measure else {}
+    )
     repair = best.get("repair")
     patches: tuple[Patch, ...] = ()
     if repair is not None:
@@ -97,6 +105,11 @@ def export_run(
     def figures(directory: Path) -> tuple[Figure, ...]:
         if not measure:
             return ()
+        if not same_text:
+            raise DataError(
+                f"{session.documents.source} has changed since the search, which may have selected "
+                "on what is held out of it now: restore it, then export again"
+            )
         small = load_model(
             str(directory),
             str(session.loaded.dtype).removeprefix("torch."),
@@ -130,7 +143,7 @@ def export_run(
     data = CardData(
         origin=best["origin"],
         budget=Budget.from_json(best["budget"]),
-        signature=best["signature"],
+        signature=signature,
         repair=repair,
         calibration=session.documents_name,
         fitted_on=fit_name(session.documents_name, best["signature"]["data"].get("fit")),
@@ -162,7 +175,7 @@ def export_run(
         "parameters": result.parameters,
         "disk_bytes": result.disk_bytes,
         "verification": None if result.verification is None else result.verification.to_json(),
-        "signature": best["signature"],
+        "signature": signature,
         "repair": repair,
         "rows": rows,
         "latency": latency or None,
@@ -175,6 +188,17 @@ def export_run(
         # The export is whole: it may be of somebody else's run.
         summary["unrecorded"] = str(error)
     return result, summary
+
+
+def measured_with(loaded: LoadedModel) -> dict[str, Any]:
+    """What figures of speed and memory can't be separated from, besides what was searched with."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": str(loaded.device),
+        "threads": torch.get_num_threads(),
+    }
 
 
 @contextmanager
@@ -193,8 +217,8 @@ def memory_suffices() -> Iterator[None]:
 def finished_run(run: Path) -> tuple[RunConfig, dict[str, Any]]:
     """The configuration, in the number format that the search ran in, and best.json of a run.
 
-    Another machine may take another format for `auto`. Raises RunDirectoryError for an unfinished
-    run.
+    Another machine may take another format for `auto`. What follows a search on a cluster needs
+    none, nor Ray: this process does it, on the CPU. Raises RunDirectoryError for an unfinished run.
     """
     config = run_config(run)
     best = read_json(
@@ -203,7 +227,10 @@ def finished_run(run: Path) -> tuple[RunConfig, dict[str, Any]]:
     with understood(run / BEST):
         _check(best)
     model = config.model.model_copy(update={"dtype": best["signature"]["dtype"]})
-    return config.model_copy(update={"model": model}), best
+    if config.cluster.backend == "ray":
+        model = model.model_copy(update={"device": "cpu"})
+    alone = ClusterConfig(threads=threads_of(config))
+    return config.model_copy(update={"model": model, "cluster": alone}), best
 
 
 def _check(best: Mapping[str, Any]) -> None:
