@@ -150,6 +150,18 @@ def test_a_rival_is_compared_on_what_was_seen() -> None:
         assert contest.losers({0: seen}) == [0]
 
 
+def test_nobody_falls_for_being_worse_than_what_failed() -> None:
+    """Two places: each of the others is worse than the first two, of which one then fails."""
+    base = np.random.default_rng(0).normal(size=N)
+    losses = np.array([base, base + 1, base + 5 + 0.1 * np.arange(N) % 1, base + 6])
+    contest = Elimination(4, [], 2, LOOKS, N, 0.05)
+    seen = LOOKS[0]
+    assert set(contest.losers({i: losses[i, :seen].tolist() for i in (0, 2)})) == set()
+    contest.forget(0)
+    left = {i: losses[i, : LOOKS[1]].tolist() for i in (1, 2)}
+    assert contest.losers(left) == []
+
+
 def test_claims_of_earlier_looks_are_kept() -> None:
     """Worse than one mask at first and than the other later: together they take both places."""
     rng = np.random.default_rng(0)

@@ -59,6 +59,14 @@ class Elimination:
             level = error_rate / claims(masks, candidates, survivors) / sum(1 / n for n in used)
             self._levels = {n: level / n for n in used}
 
+    def forget(self, candidate: int) -> None:
+        """A candidate failed: nobody falls for being worse than it any more.
+
+        Who has fallen by then stays out, so that the error rate is that of masks that do not fail.
+        """
+        for known in self._worse.values():
+            known.discard(candidate)
+
     def losers(self, losses: Mapping[int, Sequence[float]]) -> list[int]:
         """The candidates to eliminate of those still in the race, by number: their losses so far.
 

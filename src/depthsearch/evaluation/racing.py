@@ -72,8 +72,8 @@ def evaluate(
 
     With `survivors` set, candidates that cannot be among that many best of masks and rivals are
     eliminated early: over the whole race one that is falls with a probability of about `error_rate`
-    at most, where the sequences are in random order. Each of `stages` eliminates all but its best,
-    once its share of the text is done; those of `safe` always count among these.
+    at most, where the sequences are in random order and no mask fails. Each of `stages` eliminates
+    all but its best, once its share of the text is done; those of `safe` always count among these.
     `on_unit(batches done, batches, cost_tokens so far)` follows each unit.
     """
     losses: list[list[float]] = [[] for _ in masks]
@@ -91,6 +91,8 @@ def evaluate(
         for i, status, found in zip(active, result.statuses, result.losses, strict=True):
             statuses[i] = status
             losses[i].extend(found)
+            if race is not None and status is not Status.OK:
+                race.forget(i)
         active = [i for i in active if statuses[i] is Status.OK]
         if race is not None and batch + 1 < total:
             for i in race.losers({i: losses[i] for i in active}):
