@@ -141,6 +141,37 @@ def test_healthy_workers_that_take_long_are_given_less(
     assert crew.now - begun <= 1.5 * ideal + 3 * record_s
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_a_text_that_takes_far_longer_than_all_before_is_computed_too(workers: int) -> None:
+    crew = SimulatedCrew(
+        workers, loss, lambda unit, rng: (0.01 if unit.text == "fast" else 80) * len(unit.masks)
+    )
+    found = dispatcher(crew, unit_timeout_s=600)
+    for batch in range(8):
+        found.compute("fast", batch, masks(64), sure=True)
+    begun, asked = crew.now, masks(128)
+    answers = found.compute("slow", 0, asked, sure=True)
+    assert answers == [loss("slow", 0, mask) for mask in asked]
+    assert not found.quarantined
+    # What nobody can do in time is found out once, not again with every unit.
+    assert crew.now - begun <= 80 * 128 / workers * 1.5 + 6 * 600
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("first", [0, 4])
+def test_workers_that_hang_whatever_they_get_end_in_a_clear_error(workers: int, first: int) -> None:
+    def fates(worker: str, unit: Unit, rng: np.random.Generator) -> str:
+        return "done" if unit.text == "first" else "hung"
+
+    crew = SimulatedCrew(workers, loss, fate=fates)
+    found = dispatcher(crew, unit_timeout_s=600)
+    if first:
+        found.compute("first", 0, masks(first), sure=True)
+    with pytest.raises(ClusterError, match="4 times in a row"):
+        found.compute("second", 0, masks(64), sure=True)
+    assert crew.now <= 15 * 600
+
+
 def test_workers_that_never_come_up_end_in_a_clear_error() -> None:
     class Stillborn(SimulatedCrew):
         def start(self, worker: str) -> None:

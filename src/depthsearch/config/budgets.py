@@ -72,7 +72,7 @@ class BudgetConfig(Section):
     """time of one decoding step to keep, by the table that space.latency names: a ratio in (0, 1],
     or a cap such as '12ms'"""
     drop_sites: Count | None = None
-    """number of sublayers to drop"""
+    """number of sublayers to drop, or more where they go in pairs or blocks"""
     drop_blocks: Count | None = None
     """number of blocks to drop"""
     of: Literal["model", "blocks"] = "model"

@@ -100,6 +100,8 @@ class Dispatcher:
         self._numbers = 0
         self._done = 0
         self._progress = Progress()
+        self._fruit = 0
+        self._most = math.inf
         self._seers: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self._refused: set[str] = set()
         self._reissued = 0
@@ -269,8 +271,11 @@ class Dispatcher:
 
     @property
     def _longest(self) -> float:
-        """What a worker does in half of the time after which it would be taken for hung."""
-        return self._progress.pace * self._limits.unit_timeout_s / 2 or math.inf
+        """The work that fits well into the time after which a worker is taken for hung.
+
+        That is half of what one does by then, and at most half of what one did not get done.
+        """
+        return min(self._progress.pace * self._limits.unit_timeout_s / 2 or math.inf, self._most)
 
     def _choose(self, worker: _Worker, depth: int) -> Run | None:
         """What to give a worker that holds `depth` units; None where others should try."""
@@ -369,6 +374,9 @@ class Dispatcher:
         worker.busy_s += event.seconds
         self._done += 1
         self._progress.finished(unit.work, event.seconds)
+        if event.seconds > 0:
+            fits = unit.work * self._limits.unit_timeout_s / 2 / event.seconds
+            self._most = max(self._most, fits)
         self._tried.pop(unit.number, None)
         for mask, answer in zip(unit.masks, event.answers, strict=True):
             self._alone.pop((unit.text, mask), None)
@@ -417,7 +425,14 @@ class Dispatcher:
             if len(alone) >= tries and (len(set(alone)) > 1 or self._all_tried(alone)):
                 self._quarantine(unit.text, mask, status, reason)
                 return
-        half = len(unit.masks) // 2 if tried or status is Status.TIMED_OUT else 0
+        half = len(unit.masks) // 2
+        if status is Status.TIMED_OUT and half:
+            # Nobody's fault, perhaps; and what is larger than its halves need not be tried.
+            self._most = min(self._most, unit.work / 2)
+            for masks in (unit.masks[:half], unit.masks[half:]):
+                self._reissue(unit, masks, ())
+            return
+        half = half if tried else 0
         for masks in (unit.masks[:half], unit.masks[half:]):
             # Who had a mask in company may still have it alone.
             single = len(masks) == 1
@@ -437,8 +452,11 @@ class Dispatcher:
                     self._found.setdefault((batch, mask.key), Answer((), status))
                 self._waited.discard(mask.key)
             self._pool.discard(mask)
-        for place in self._places:
-            place.fruitless = 0
+        if status is not Status.TIMED_OUT or self._progress.units > self._fruit:
+            # The mask was at fault; not if no worker gets anything done, mask after mask.
+            for place in self._places:
+                place.fruitless = 0
+        self._fruit = self._progress.units
 
     def _reissue(self, unit: Unit, masks: Sequence[Mask], tried: Iterable[str]) -> None:
         """Queue masks of a unit again, at the end, so that what is innocent is done before.

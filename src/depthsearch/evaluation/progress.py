@@ -21,6 +21,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.busy = 0
+        self.units = 0
         self._work = 0
         self._since = 0.0
         self._done_work = 0
@@ -34,6 +35,7 @@ class Progress:
 
     def finished(self, work: int, seconds: float) -> None:
         """A unit was computed in so many seconds."""
+        self.units += 1
         self._done_work += work
         self._done_s += seconds
 
