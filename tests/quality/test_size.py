@@ -34,6 +34,8 @@ def test_kv_bytes_are_keys_and_values_of_all_blocks(family, tiny):
     model = tiny(family, num_hidden_layers=3)
     assert kv_bytes_per_token(model) == 3 * 2 * 2 * 8 * 4
     assert kv_bytes_per_token(model.to(torch.bfloat16)) == 3 * 2 * 2 * 8 * 2
+    windowed = family in ("mistral", "gemma2", "gemma3_text")
+    assert measure_size(model).kv_windowed == windowed
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

@@ -18,12 +18,17 @@ WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
 
 @dataclass(frozen=True)
 class Size:
-    """Counts and bytes of one model; `disk_bytes` is None for a model that is not on disk."""
+    """Counts and bytes of one model; `disk_bytes` is None for a model that is not on disk.
+
+    `kv_windowed` says that layers with a sliding window take part in `kv_bytes_per_token`, whose
+    caches stop growing once it is full: a budget at a longer context counts less of them.
+    """
 
     parameters: int
     memory_bytes: int
     disk_bytes: int | None
     kv_bytes_per_token: int
+    kv_windowed: bool = False
 
 
 def measure_size(model: Any, directory: str | Path | None = None) -> Size:
@@ -33,6 +38,7 @@ def measure_size(model: Any, directory: str | Path | None = None) -> Size:
         memory_bytes=memory_bytes(model),
         disk_bytes=None if directory is None else disk_bytes(directory),
         kv_bytes_per_token=kv_bytes_per_token(model),
+        kv_windowed=any(getattr(layer, "is_sliding", False) for layer in _cache_layers(model, 2)),
     )
 
 
@@ -82,6 +88,16 @@ def kv_bytes_per_token(model: Any) -> int:
 
 
 def _cache_bytes(model: Any, tokens: int) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for layer in _cache_layers(model, tokens)
+        for tensor in vars(layer).values()
+        if isinstance(tensor, Tensor)
+    )
+
+
+def _cache_layers(model: Any, tokens: int) -> list[Any]:
+    """The layers of the cache behind a prompt of so many tokens."""
     device = next(model.parameters()).device
     ids = torch.ones(1, tokens, dtype=torch.int64, device=device)
     two = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -96,10 +112,4 @@ def _cache_bytes(model: Any, tokens: int) -> int:
             f"{type(model).__name__} returned a cache of type {type(cache).__name__}; its size "
             "can't be measured, only that of a transformers Cache"
         )
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for part in found
-        for layer in part.layers
-        for tensor in vars(layer).values()
-        if isinstance(tensor, Tensor)
-    )
+    return [layer for part in found for layer in part.layers]

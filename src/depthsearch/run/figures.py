@@ -331,6 +331,7 @@ def _row(
         "memory_bytes": size.memory_bytes,
         "disk_bytes": size.disk_bytes,
         "kv_bytes_per_token": size.kv_bytes_per_token,
+        **({"kv_protocol": KV_PROTOCOL} if size.kv_windowed else {}),
         "prefill_tokens_per_s": speed.prefill_tokens_per_s,
         "decode_tokens_per_s": speed.decode_tokens_per_s,
         "prefill_ms": [speed.prefill.min_ms, speed.prefill.median_ms, speed.prefill.max_ms],
@@ -339,6 +340,8 @@ def _row(
         "peak_memory_bytes": peak_bytes,
     }
 
+
+KV_PROTOCOL = "KV cache: what a token adds before the sliding windows are full"
 
 MEASURES = (
     ("held-out perplexity", "perplexity"),
@@ -369,6 +372,6 @@ def card_figures(
         for how in ("predicted", "measured"):
             times = latency[f"{how}_ms"]
             figures.append(Figure(f"{step}, {how}", times["dense"], times["pruned"]))
-    keys = ("perplexity_protocol", "chrf_protocol", "speed_protocol")
+    keys = ("perplexity_protocol", "chrf_protocol", "kv_protocol", "speed_protocol")
     protocol = "; ".join(pruned[key] for key in keys if key in pruned)
     return (*figures, Figure("protocol", protocol, "the same run"))
