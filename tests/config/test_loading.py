@@ -408,17 +408,6 @@ FRONT: dict[str, Any] = {
 }
 
 
-def test_budgets_of_a_comparison_take_over_the_same() -> None:
-    budgets = [{"keep_params": 0.9}, {"keep_kv_bytes": 0.5, "of": "model"}]
-    compare = {"arms": {"a": {"method": "windows"}}, "budgets": budgets}
-    config = config_from_mapping(
-        {**{k: v for k, v in FRONT.items() if k != "search"}, "compare": compare}
-    )
-    assert config.compare is not None
-    assert [budget.of for budget in config.compare.budgets] == ["blocks", "model"]
-    assert {budget.context_tokens for budget in config.compare.budgets} == {512}
-
-
 def test_budgets_of_a_front_take_over_what_ratios_refer_to() -> None:
     budgets = [{"keep_params": 0.9}, {"keep_kv_bytes": 0.5, "of": "model"}, {"keep_bytes": "9MB"}]
     config = config_from_mapping({**FRONT, "front": {"budgets": budgets}})

@@ -108,7 +108,7 @@ def config_from_mapping(
         _expand_space(data, folder, origin, origins)
     _place_paths(data, folder)
     _complete_arms(data, source)
-    _complete_budgets(data)
+    _complete_front(data)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -265,17 +265,16 @@ def _complete_arms(data: dict[str, Any], source: str) -> None:
         arms[name] = {**base, **arm, "options": options}
 
 
-def _complete_budgets(data: dict[str, Any]) -> None:
-    """Give further budgets what they don't say themselves of what ratios refer to."""
-    space = data.get("space")
+def _complete_front(data: dict[str, Any]) -> None:
+    """Give the budgets of the front what they don't say themselves of what ratios refer to."""
+    space, front = data.get("space"), data.get("front")
     own = space.get("budget") if isinstance(space, dict) else None
-    if not isinstance(own, dict):
+    if not isinstance(own, dict) or not isinstance(front, dict):
         return
     given = {key: own[key] for key in ("of", "context_tokens") if key in own}
-    for name, key in (("front", "budgets"), ("front", "second"), ("compare", "budgets")):
-        section = data.get(name)
-        if isinstance(section, dict) and isinstance(budgets := section.get(key), list):
-            section[key] = [{**given, **b} if isinstance(b, dict) else b for b in budgets]
+    for key in ("budgets", "second"):
+        if isinstance(budgets := front.get(key), list):
+            front[key] = [{**given, **b} if isinstance(b, dict) else b for b in budgets]
 
 
 def _explain(error: ValidationError, source: str, origins: Mapping[tuple[str, ...], str]) -> str:

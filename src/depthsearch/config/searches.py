@@ -132,8 +132,8 @@ class CompareConfig(Section):
     """each arm runs once with each seed"""
     budgets: tuple[BudgetConfig, ...] = ()
     """each arm and seed runs once at each of these budgets, such as [{keep_params: 0.875},
-    {keep_kv_bytes: 0.6}]; left out: at space.budget, whose `of` and `context_tokens` hold where
-    they name none"""
+    {keep_kv_bytes: 0.6}]; left out: at space.budget, whose `of` and `context_tokens` do not hold
+    for these: a ratio is of the whole model unless it says `of: blocks`"""
     cost_tokens: float | str | None = None
     """what each arm may spend, or the arm whose own cost the others get, at each budget and with
     each seed anew; else search.cost_tokens"""
