@@ -80,7 +80,7 @@ def test_one_budget_shows_courses_ranks_and_what_carries_over(whole: dict[str, A
         "Ranks",
         "The exported model beside the dense one",
         "What each arm drops",
-        "What stopping earlier would have given",
+        "What had been found earlier",
         "What each arm had found at each cost",
         "Does a lower search loss carry over?",
         "Every run",
