@@ -4,7 +4,7 @@ from depthsearch.evaluation.progress import Load, Progress
 
 
 def test_what_is_left_of_begun_work_falls_with_the_time_it_takes() -> None:
-    progress = Progress()
+    progress = Progress(300.0)
     first, second = Load(1, 100, since=0.0), Load(1, 60, since=2.0)
     progress.change(Load(), first)
     progress.change(Load(), second)

@@ -99,9 +99,9 @@ class Dispatcher:
         self._next_look = clock()
         self._numbers = 0
         self._done = 0
-        self._progress = Progress()
+        # Half of the time after which a worker is taken for hung.
+        self._progress = Progress(self._limits.unit_timeout_s / 2)
         self._fruit = 0
-        self._most = math.inf
         self._seers: defaultdict[str, Counter[int]] = defaultdict(Counter)
         self._refused: set[str] = set()
         self._reissued = 0
@@ -262,20 +262,12 @@ class Dispatcher:
                 worker = self._workers[name]
                 run = self._choose(worker, depth)
                 if run is not None:
-                    size = min(target(self._share(run.batch), run), self._longest)
+                    size = min(target(self._share(run.batch), run), self._progress.longest)
                     self._submit(worker, self._pool.take(run, size, self._least))
                 elif depth:
                     return
                 else:
                     self._refused.add(name)
-
-    @property
-    def _longest(self) -> float:
-        """The work that fits well into the time after which a worker is taken for hung.
-
-        That is half of what one does by then, and at most half of what one did not get done.
-        """
-        return min(self._progress.pace * self._limits.unit_timeout_s / 2 or math.inf, self._most)
 
     def _choose(self, worker: _Worker, depth: int) -> Run | None:
         """What to give a worker that holds `depth` units; None where others should try."""
@@ -374,9 +366,6 @@ class Dispatcher:
         worker.busy_s += event.seconds
         self._done += 1
         self._progress.finished(unit.work, event.seconds)
-        if event.seconds > 0:
-            fits = unit.work * self._limits.unit_timeout_s / 2 / event.seconds
-            self._most = max(self._most, fits)
         self._tried.pop(unit.number, None)
         for mask, answer in zip(unit.masks, event.answers, strict=True):
             self._alone.pop((unit.text, mask), None)
@@ -428,7 +417,7 @@ class Dispatcher:
         half = len(unit.masks) // 2
         if status is Status.TIMED_OUT and half:
             # Nobody's fault, perhaps; and what is larger than its halves need not be tried.
-            self._most = min(self._most, unit.work / 2)
+            self._progress.late(unit.work)
             for masks in (unit.masks[:half], unit.masks[half:]):
                 self._reissue(unit, masks, ())
             return

@@ -37,7 +37,7 @@ FLOAT32_TOLERANCE = 1e-4
 ARGMAX_TOLERANCE = 0.999
 _ROWS = 2
 _NO_MEMORY = ("out of memory", "allocate memory", "memoryerror")
-_TEXT = "One naïve check: 3.14 × 2 = 6.28 and “so on”.\n\tβ 你好"
+PROBE_TEXT = "One naïve check: 3.14 × 2 = 6.28 and “so on”.\n\tβ 你好"
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ def _job(case: Case, file: Path, tokens: Tensor | None, new_tokens: int) -> dict
         "device": str(case.loaded.device),
         "attention": model.config._attn_implementation,
         "single_steps": new_tokens,
-        "text": None if tokenizer is None else _TEXT,
-        "text_ids": None if tokenizer is None else list(tokenizer(_TEXT)["input_ids"]),
+        "text": None if tokenizer is None else PROBE_TEXT,
+        "text_ids": None if tokenizer is None else list(tokenizer(PROBE_TEXT)["input_ids"]),
         "chat_template": getattr(tokenizer, "chat_template", None),
     }
 

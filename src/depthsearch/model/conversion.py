@@ -131,12 +131,14 @@ def _sweep(home: Path) -> None:
 
 def _read(file: Path) -> tuple[Any, Any]:
     """Model and tokenizer, free of the marks of quantization that `save_pretrained` refuses."""
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The dequantizer draws its progress bar straight on stderr and offers no switch for it.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
-            scaling = _rope_scaling(file)
+            reader = GGUFReader(file)
+            scaling = _rope_scaling(reader)
             loader: Any = AutoModelForCausalLM
             model, info = loader.from_pretrained(
                 file.parent,
@@ -155,7 +157,7 @@ def _read(file: Path) -> tuple[Any, Any]:
             f"{file}: its rotary embeddings are scaled ({scaling}), which transformers does not "
             "read from GGUF files: give the model as safetensors"
         )
-    if lost := _lost(file, model):
+    if lost := _lost(reader, model):
         raise ModelError(
             f"{file}: {lost}, which transformers does not read from GGUF files: give the model as "
             "safetensors"
@@ -175,11 +177,9 @@ def _read(file: Path) -> tuple[Any, Any]:
     return model.to(torch.bfloat16), tokenizer
 
 
-def _lost(file: Path, model: Any) -> str | None:
+def _lost(reader: Any, model: Any) -> str | None:
     """What of the file is no part of the model that was read, None where nothing is known to be."""
-    from gguf import GGUFReader
-
-    there = sum(tensor.name.endswith(".bias") for tensor in GGUFReader(file).tensors)
+    there = sum(tensor.name.endswith(".bias") for tensor in reader.tensors)
     read = sum(name.endswith(".bias") for name, _ in model.named_parameters())
     if there > read:
         return f"{there - read} of its {there} biases have no place in {type(model).__name__}"
@@ -188,11 +188,8 @@ def _lost(file: Path, model: Any) -> str | None:
     return None
 
 
-def _rope_scaling(file: Path) -> str | None:
+def _rope_scaling(reader: Any) -> str | None:
     """What the file says of a scaling of its rotary embeddings, None where they are not scaled."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
 
     def value(key: str) -> Any:
         field = reader.get_field(key)

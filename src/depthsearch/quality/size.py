@@ -33,12 +33,13 @@ class Size:
 
 def measure_size(model: Any, directory: str | Path | None = None) -> Size:
     """Measure `model`, and the weight files of the checkpoint in `directory` if one is given."""
+    shorter, longer = _caches(model)
     return Size(
         parameters=count_parameters(model),
         memory_bytes=memory_bytes(model),
         disk_bytes=None if directory is None else disk_bytes(directory),
-        kv_bytes_per_token=kv_bytes_per_token(model),
-        kv_windowed=any(getattr(layer, "is_sliding", False) for layer in _cache_layers(model, 2)),
+        kv_bytes_per_token=_bytes(longer) - _bytes(shorter),
+        kv_windowed=any(getattr(layer, "is_sliding", False) for layer in longer),
     )
 
 
@@ -83,14 +84,19 @@ def kv_bytes_per_token(model: Any) -> int:
 
     Raises ModelError for a model that returns no cache.
     """
-    shorter, longer = (_cache_bytes(model, tokens) for tokens in (2, 3))
-    return longer - shorter
+    shorter, longer = _caches(model)
+    return _bytes(longer) - _bytes(shorter)
 
 
-def _cache_bytes(model: Any, tokens: int) -> int:
+def _caches(model: Any) -> tuple[list[Any], list[Any]]:
+    """The cache's layers behind a prompt, and behind one that is a token longer."""
+    return _cache_layers(model, 2), _cache_layers(model, 3)
+
+
+def _bytes(layers: list[Any]) -> int:
     return sum(
         tensor.numel() * tensor.element_size()
-        for layer in _cache_layers(model, tokens)
+        for layer in layers
         for tensor in vars(layer).values()
         if isinstance(tensor, Tensor)
     )

@@ -17,12 +17,10 @@ from depthsearch.calibration.tasks import Task, pair_task, translation_task
 from depthsearch.calibration.text import Documents, load_documents
 from depthsearch.calibration.windows import fixed_order, text_sample, text_windows
 from depthsearch.errors import InputError
+from depthsearch.export.verify import PROBE_TEXT
 from depthsearch.model.load import LoadedModel, load_model
 from depthsearch.run.figures import OnStage, measure_beside, measured_with, memory_suffices
 from depthsearch.run.tasks import make_rows
-
-_PROBE = "One naïve check: 3.14 × 2 = 6.28 and “so on”.\n\tβ 你好"
-"""Text that different tokenizers part differently."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def _sample(
     two = {bool(m.model.config.is_encoder_decoder) for m in loaded.values()}
     if len(two) > 1:
         raise InputError("of the two models one is an encoder-decoder and the other is not")
-    if len({tuple(m.tokenizer(_PROBE)["input_ids"]) for m in loaded.values()}) > 1:
+    if len({tuple(m.tokenizer(PROBE_TEXT)["input_ids"]) for m in loaded.values()}) > 1:
         raise InputError(
             "the two models have different tokenizers: perplexities of different tokens are no "
             "comparison; evaluate each by itself, or name the --beside that the model was made from"

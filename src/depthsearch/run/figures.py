@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from depthsearch import __version__
@@ -40,7 +38,7 @@ from depthsearch.run.fits import fit_name
 from depthsearch.run.front import find_point
 from depthsearch.run.latency import beside_prediction
 from depthsearch.run.search import run_config
-from depthsearch.run.session import Session
+from depthsearch.run.session import Session, software
 from depthsearch.run.workers import threads_of
 from depthsearch.space import Budget, Mask
 
@@ -192,13 +190,7 @@ def export_run(
 
 def measured_with(loaded: LoadedModel) -> dict[str, Any]:
     """What figures of speed and memory can't be separated from, besides what was searched with."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": str(loaded.device),
-        "threads": torch.get_num_threads(),
-    }
+    return software() | {"device": str(loaded.device)}
 
 
 @contextmanager

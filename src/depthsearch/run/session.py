@@ -414,14 +414,11 @@ class Session:
             repairs = ["by arm: " + "or ".join(text or "none repaired, " for text in repairs)]
         return {
             "depthsearch": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
+            **software(),
             "model": self.model_json,
             "model_class": self.anatomy.model_class,
             "dtype": str(self.loaded.dtype).removeprefix("torch."),
             "device": computing_device(self.config, self.loaded),
-            "threads": torch.get_num_threads(),
             "data": {
                 "source": self.documents_name,
                 "documents": self.documents.fingerprint,
@@ -443,6 +440,16 @@ class Session:
             **({"latency": self.latency.signature} if self.latency is not None else {}),
             "seed": seed,
         }
+
+
+def software() -> dict[str, Any]:
+    """What computes here, as signatures name it, and on how many threads."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def open_model(config: RunConfig) -> LoadedModel:
