@@ -28,13 +28,7 @@ from depthsearch.evaluation.fitting import HELD_BACK
 from depthsearch.evaluation.refitted import repairing
 from depthsearch.evaluation.turns import Repair
 from depthsearch.model.anatomy import Anatomy, context_window, describe
-from depthsearch.model.load import (
-    LoadedModel,
-    checkpoint_folder,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-)
+from depthsearch.model.load import LoadedModel
 from depthsearch.model.repair import Patch
 from depthsearch.model.selfcheck import SelfCheck, self_check
 from depthsearch.model.streaming import StreamedModel
@@ -43,6 +37,7 @@ from depthsearch.run.fits import fit_data, load_fit, text_name
 from depthsearch.run.front import with_front
 from depthsearch.run.latency_table import Latency, read_latency
 from depthsearch.run.loop import Plan
+from depthsearch.run.opening import open_model, open_streamed
 from depthsearch.run.replaying import searcher_options
 from depthsearch.run.spaces import make_space
 from depthsearch.run.workers import (
@@ -450,42 +445,6 @@ def software() -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-
-
-def open_model(config: RunConfig) -> LoadedModel:
-    """Load the configured model."""
-    model = config.model
-    return load_model(model.path, *_here(config), model.revision, model.trust_remote_code)
-
-
-def open_streamed(config: RunConfig) -> tuple[LoadedModel, StreamedModel]:
-    """The configured model without its weights, and what brings them block by block."""
-    model = config.model
-    folder = checkpoint_folder(model.path, model.revision)
-    streamed = StreamedModel.open(folder, *_here(config))
-    return (
-        LoadedModel(
-            streamed.model,
-            load_tokenizer(model.path, folder, False, {}),
-            model.path,
-            None if is_path(model.path) else folder.name,
-            fingerprint(folder),
-            streamed.dtype,
-            streamed.device,
-            folder,
-        ),
-        streamed,
-    )
-
-
-def _here(config: RunConfig) -> tuple[str, str]:
-    """The dtype, which is the workers' as well, and the device of this process."""
-    model, cluster = config.model, config.cluster
-    if cluster.backend != "ray":
-        return model.dtype, model.device
-    # The workers have the accelerators; the driver counts costs and computes hints.
-    on_gpu = cluster.num_gpus > 0 and model.dtype == "auto"
-    return "bfloat16" if on_gpu else model.dtype, "cpu"
 
 
 @contextmanager
