@@ -28,13 +28,17 @@ def never(_mask: Mask) -> Status:
 
 @dataclass
 class Synthetic:
-    """Losses of `Landscape` with noise drawn anew for each sequence; a site costs one."""
+    """Losses of `Landscape` with noise drawn anew for each sequence; a site costs one.
+
+    A site behind the first gap of a mask costs `behind` besides, as where gaps are repaired.
+    """
 
     landscape: Landscape
     seed: int = 0
     batches: int = 5
     rows: int = 2
     failing: Failing = never
+    behind: float = 0.0
     units: Counter[tuple[int, Mask]] = field(default_factory=Counter)
     charged: float = 0.0
 
@@ -83,7 +87,9 @@ class Synthetic:
         return self.landscape.sensitivity(), cost
 
     def _unit(self, masks: Sequence[Mask]) -> float:
-        return self.rows * WINDOW_TOKENS * sum(executed_sites(masks)) / self.landscape.sites
+        sites = sum(executed_sites(masks))
+        sites += self.behind * sum(sum(m.keep[m.dropped[0] :]) for m in masks if m.dropped)
+        return self.rows * WINDOW_TOKENS * sites / self.landscape.sites
 
     def _losses(self, batch: int, mask: Mask) -> tuple[float, ...]:
         mean = float(np.mean(self.landscape.losses(mask)))
@@ -102,6 +108,7 @@ class Search:
     plan: Plan
     space: SearchSpace = field(default_factory=toy)
     failing: Failing = never
+    behind: float = 0.0
     start: Mapping[str, Any] = field(default_factory=lambda: {"version": "0", "signature": {}})
     on_progress: OnProgress | None = None
     select: Synthetic = field(init=False)
@@ -110,7 +117,7 @@ class Search:
     def run(self, on_record: OnRecord | None = None) -> Outcome:
         landscape = Landscape(len(self.space.sites), seed=3)
         self.select = Synthetic(landscape, seed=1, failing=self.failing)
-        self.finals = Synthetic(landscape, seed=2, failing=self.failing)
+        self.finals = Synthetic(landscape, seed=2, failing=self.failing, behind=self.behind)
         with Journal(self.path) as journal:
             loop = SearchLoop(
                 Ledger(journal, on_record),

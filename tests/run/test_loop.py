@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -390,6 +391,23 @@ def test_a_cost_limit_counts_on_what_halving_saves(tmp_path: Path) -> None:
         assert outcome.cost_tokens <= 6000.0
         counts[name] = outcome.evaluations
     assert counts["halving"] > counts["none"]
+
+
+@pytest.mark.parametrize("method", ["evolution", "surrogate", "mcts"])
+@pytest.mark.parametrize("limit", [16_000.0, 20_000.0])
+def test_no_more_is_kept_for_dear_finals_than_they_may_cost(
+    method: str, limit: float, tmp_path: Path
+) -> None:
+    plan = replace(PLANS[method], finalists=1, max_evaluations=None, cost_tokens=limit)
+    search = Search(tmp_path / "journal.jsonl", plan, space=toy(12), behind=100.0)
+    outcome = search.run()
+    assert outcome.cost_tokens <= limit
+    tells = [r["cost_tokens"] for r in read_journal(search.path) if r["op"] == "tell"]
+    dearest = max(search.finals.plan([mask]) for mask in search.space.windows())
+    baseline = search.finals.plan([outcome.baseline or outcome.best])
+    ask = max(after - before for before, after in pairwise(tells))
+    assert 2 * baseline < dearest
+    assert limit - tells[-1] <= search.finals.preparation + dearest + baseline + ask
 
 
 def test_finalists_are_the_best_and_the_best_baseline(tmp_path: Path) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any, Literal
 
 from depthsearch.errors import ConfigError, NothingFoundError
 from depthsearch.evaluation import Backend, Racing, evaluate
 from depthsearch.run.choice import choose
 from depthsearch.run.ledger import Ledger
-from depthsearch.run.planning import finalist, planned
+from depthsearch.run.planning import finalist, heads_price, planned
 from depthsearch.run.points import Contest, Finalists, FrontPoint
 from depthsearch.run.replaying import ask_size, searcher_rng
 from depthsearch.run.sharing import join, leave, recorded_ask
@@ -24,6 +23,7 @@ from depthsearch.searchers import (
     Searcher,
     SharedSearcher,
     build_searcher,
+    is_baseline,
     needs_limit,
     needs_sensitivity,
 )
@@ -245,18 +245,27 @@ class SearchLoop:
     def _reserves(self, proposals: Sequence[Proposal]) -> list[float]:
         """What the finals may cost once the first 0, 1, ... of `proposals` are known as well.
 
-        That of the finalists by now, and at least that of as many masks a budget as are compared
-        there whatever the limit, each as dear as the dearest that may be one of them.
+        That of the finalists by now, and at least that of those who are judged there whatever the
+        limit: each of them, or the dearest of the proposals that may take its place.
         """
         finalists = self._finalists()
-        dearest = max([self._least, *map(self._final_price, finalists.masks)])
-        new = (self._final_price(p.mask) if p.final else 0.0 for p in proposals)
-        fewest = max(2 * len(self._space.points), finalists.needed)
         now = self._finals_cost(finalists.masks, finalists.needed)
-        return [
-            self._finals.preparation + max(now, fewest * price)
-            for price in accumulate(new, max, initial=dearest)
-        ]
+        prices = [[self._final_price(mask) for mask in head] for head in finalists.heads]
+        new, safe, count = 0.0, 0.0, 0
+        reserves = []
+        for proposal in (None, *proposals):
+            if proposal is not None and proposal.final:
+                price = self._final_price(proposal.mask)
+                new = max(new, price)
+                if is_baseline(proposal.origin):
+                    safe, count = max(safe, price), count + 1
+            least = 0.0
+            for head in prices:
+                more = min(count, self._plan.baselines - len(head[1:]))
+                first = 0.0 if head else 2 * self._least
+                least += max(first, heads_price(head, new, safe, more))
+            reserves.append(self._finals.preparation + max(now, least))
+        return reserves
 
     def _final_price(self, mask: Mask) -> float:
         """The most that judging a mask on the fresh text costs by itself."""
@@ -371,8 +380,8 @@ class SearchLoop:
         masks, baselines = finalists.masks, finalists.baselines
         if self._plan.cost_tokens is not None:
             left = self._plan.cost_tokens - self._spent - self._finals.preparation
-            least = max(2, finalists.needed)
-            while len(masks) > least and self._finals_cost(masks, finalists.needed) > left:
+            least = finalists.needed
+            while len(masks) > least and self._finals_cost(masks, least) > left:
                 masks.pop()
         if not any(self._known[mask].status is Status.OK for mask in contest.at(contest.own)):
             if not self._known and self._plan.cost_tokens is not None:

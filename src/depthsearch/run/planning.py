@@ -18,6 +18,16 @@ def finalist(space: SearchSpace, finals: Backend) -> float:
     return max(finals.plan([mask]) for mask in masks)
 
 
+def heads_price(prices: Sequence[float], new: float, safe: float, more: int) -> float:
+    """The most that the best mask of a budget and its best baselines may come to cost.
+
+    By now they cost `prices`, the best mask first. Of the masks that are about to be known each
+    costs at most `new`, each baseline at most `safe`, and at most `more` of these are added.
+    """
+    best = max([*prices[:1], new])
+    return best + sum(max(price, safe) for price in prices[1:]) + more * safe
+
+
 def planned(backend: Backend, masks: Sequence[Mask], stages: Sequence[Stage] = ()) -> float:
     """The most that evaluating these may cost, with what `stages` are sure to save."""
     whole = backend.plan(masks)

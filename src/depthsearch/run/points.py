@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -56,12 +56,18 @@ def paired_lead(ours: Evaluation, theirs: Evaluation) -> tuple[float, float] | N
 class Finalists:
     """The masks to judge again: for each point the best and the best baselines first.
 
-    `needed` is how many of `masks` that is; `baselines` holds every complete baseline.
+    `heads` holds these, a list a point, empty where nothing is known yet; `baselines` holds every
+    complete baseline.
     """
 
     masks: list[Mask]
     baselines: list[Mask]
-    needed: int
+    heads: list[list[Mask]]
+
+    @property
+    def needed(self) -> int:
+        """How many of `masks` are the best or one of the best baselines of a point."""
+        return len({mask for head in self.heads for mask in head})
 
 
 class Contest:
@@ -101,17 +107,18 @@ class Contest:
             (e for mask in self._fits if (e := known[mask]).status is Status.OK),
             key=lambda evaluation: evaluation.order,
         )
-        heads: list[Mask] = []
+        heads: list[list[Mask]] = []
         ranks: list[list[Mask]] = []
         for place in range(len(self.points)):
             mine = [e.mask for e in complete if self._fits[e.mask][place]]
-            heads += [*mine[:1], *[m for m in mine if is_baseline(origins[m])][:baselines]]
+            safe = [mask for mask in mine if is_baseline(origins[mask])]
+            heads.append([*mine[:1], *safe[:baselines]])
             ranks.append(mine[: max(1, count)])
         turns = [mask for row in zip_longest(*ranks) for mask in row if mask is not None]
         return Finalists(
-            list(dict.fromkeys([*heads, *turns])),
+            list(dict.fromkeys([*chain.from_iterable(heads), *turns])),
             [e.mask for e in complete if is_baseline(origins[e.mask])],
-            len(set(heads)),
+            heads,
         )
 
     def choices(
