@@ -74,6 +74,20 @@ class TestSplits:
         assert first.fingerprint != second.fingerprint
         assert session.splits(0).fingerprint == first.fingerprint
 
+    def test_text_is_drawn_once_for_all_arms(self, workplace: Path, session: Session) -> None:
+        first = session.splits(0)
+        arm = workplace_config(workplace, search={"method": "greedy", "seed": 4})
+        assert replace(session, config=arm).splits(0) is first
+        fit = {"fit_tokens": 320, "finals_fit_tokens": 320}
+        repaired = workplace_config(workplace, search={"repair": "table"}, calibration=fit)
+        assert len(replace(session, config=repaired).splits(0).fit) == 20
+        longer = workplace_config(workplace, calibration={"heldout_tokens": 32})
+        assert len(replace(session, config=longer).splits(0).heldout) == 2
+        texts = ("Nothing that was there before.", *session.documents.texts)
+        documents = replace(session.documents, texts=texts)
+        changed = replace(session, documents=documents).splits(0)
+        assert changed.fingerprint != first.fingerprint
+
     @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
     def test_text_that_the_model_cannot_take_is_refused(
         self, workplace: Path, session: Session, model_type: str

@@ -38,7 +38,8 @@ from depthsearch.run.fits import fit_name
 from depthsearch.run.front import find_point
 from depthsearch.run.latency import beside_prediction
 from depthsearch.run.search import run_config
-from depthsearch.run.session import Session, software
+from depthsearch.run.session import Session
+from depthsearch.run.signing import software
 from depthsearch.run.workers import threads_of
 from depthsearch.space import Budget, Mask
 

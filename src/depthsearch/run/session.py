@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
-from depthsearch import __version__
 from depthsearch.calibration.chrf import has_sacrebleu
 from depthsearch.calibration.objectives import OBJECTIVES, KLDivergence, Objective
 from depthsearch.calibration.pair_rows import PairRows
@@ -33,19 +30,19 @@ from depthsearch.model.repair import Patch
 from depthsearch.model.selfcheck import SelfCheck, self_check
 from depthsearch.model.streaming import StreamedModel
 from depthsearch.run import tasks
-from depthsearch.run.fits import fit_data, load_fit, text_name
+from depthsearch.run.fits import load_fit, text_name
 from depthsearch.run.front import with_front
 from depthsearch.run.latency_table import Latency, read_latency
 from depthsearch.run.loop import Plan
 from depthsearch.run.opening import open_model, open_streamed
 from depthsearch.run.replaying import searcher_options
+from depthsearch.run.signing import signed
 from depthsearch.run.spaces import make_space
 from depthsearch.run.workers import (
     Workers,
     check_cluster,
     check_gradients,
     check_repair,
-    computing_device,
     host_bytes,
     threads_of,
     worker_text,
@@ -74,6 +71,7 @@ class Session:
     pairs: Mapping[str, Pair] = field(default_factory=dict, repr=False)
     fit_other: Other | None = field(default=None, repr=False)
     rows: PairRows | None = field(default=None, repr=False)
+    drawn: dict[tuple[Any, ...], Splits] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, config: RunConfig) -> Session:
@@ -122,15 +120,14 @@ class Session:
         """Select and finals windows drawn by `seed`; the held-out ones never depend on it.
 
         `fit_tokens` of text for repairs instead of as much as the run takes; the others stay.
-        Raises DataError for too little text, and for text that the model can't take.
+        Drawn once: a comparison asks for the same seed with every arm, and tokenizing takes
+        seconds. Raises DataError for too little text, and for text that the model can't take.
         """
         calibration, fits = self.config.calibration, self._fits
         if fit_tokens is not None:
             fits = {"--fit": fit_tokens}
         fit_key = max(fits, key=fits.__getitem__, default="fit_tokens")
-        splits = make_splits(
-            self.documents,
-            self.loaded.tokenizer,
+        asked = (
             calibration.window_tokens,
             calibration.select_tokens,
             calibration.finals_tokens,
@@ -138,10 +135,14 @@ class Session:
             calibration.heldout_fraction,
             seed,
             fits.get(fit_key, 0),
-            self.fit_other,
-            self.rows,
-            fit_key,
         )
+        key = (self.documents, *asked)
+        if key not in self.drawn:
+            tokenizer, other = self.loaded.tokenizer, self.fit_other
+            self.drawn[key] = make_splits(
+                self.documents, tokenizer, *asked, other, self.rows, fit_key
+            )
+        splits = self.drawn[key]
         self.check_text(splits.select, splits.finals, splits.heldout, splits.fit)
         return splits
 
@@ -326,34 +327,6 @@ class Session:
         what |= {"model": self.loaded.model, "anatomy": self.anatomy, "toward_text": toward_text}
         return repairing(repair, fit, **what)
 
-    def _repair_text(self, search: SearchConfig) -> str:
-        """What a signature says of a search's repairs, nothing where there are none."""
-        calibration = self.config.calibration
-        leaning = f", {search.toward_text:g} nats toward the text" if search.toward_text else ""
-        parts = [
-            f"{what} repaired ({kind}{how}) on {tokens // calibration.window_tokens} fit windows, "
-            for what, kind, how, tokens in (
-                ("candidates", search.repair, "", calibration.fit_tokens),
-                ("finalists", search.finished, leaning, calibration.finals_fit_tokens),
-            )
-            if kind != "none"
-        ]
-        return "".join(parts)
-
-    @property
-    def _window_text(self) -> str:
-        """How long windows are."""
-        tokens = self.config.calibration.window_tokens
-        if self.rows is None:
-            return f"{tokens} tokens"
-        return f"{tokens} tokens read and {tokens} written at most"
-
-    @property
-    def _arms_fit(self) -> bool:
-        """Whether an arm of a comparison repairs."""
-        arms = self.config.compare.arms.values() if self.config.compare is not None else ()
-        return any({arm.repair, arm.finished} != {"none"} for arm in arms)
-
     @property
     def _one_loss(self) -> bool:
         return self.config.score == self.config.objective.kind
@@ -399,52 +372,7 @@ class Session:
 
         The protocol is that of the configured search, or of all the `arms` of a comparison.
         """
-        calibration, objective = self.config.calibration, self.config.objective
-        searches = arms or (self.config.search,)
-        scores = list(dict.fromkeys(search.score or objective.kind for search in searches))
-        finals = "" if scores == [objective.kind] else f", finals on {objective.kind}"
-        searched = f"search on {' or '.join(scores)}{finals}{tasks.protocol(self.config)}"
-        repairs = list(dict.fromkeys(self._repair_text(search) for search in searches))
-        if len(repairs) > 1:
-            repairs = ["by arm: " + "or ".join(text or "none repaired, " for text in repairs)]
-        return {
-            "depthsearch": __version__,
-            **software(),
-            "model": self.model_json,
-            "model_class": self.anatomy.model_class,
-            "dtype": str(self.loaded.dtype).removeprefix("torch."),
-            "device": computing_device(self.config, self.loaded),
-            "data": {
-                "source": self.documents_name,
-                "documents": self.documents.fingerprint,
-                "windows": splits.fingerprint,
-                **(fit_data(self.fit_other) if len(splits.fit) or self._arms_fit else {}),
-            },
-            "heldout_protocol": (
-                f"KL and cross-entropy on every position of {len(splits.heldout)} windows of "
-                f"{self._window_text}"
-            ),
-            "protocol": (
-                f"{searched}, windows of {self._window_text}, "
-                f"{100 * objective.positions:g} % of positions, select {len(splits.select)} / "
-                f"finals {len(splits.finals)} / held-out {len(splits.heldout)} windows, "
-                f"batches of {calibration.batch_tokens} tokens, {repairs[0]}"
-                f"replay by {self.check.mode}"
-            ),
-            **tasks.metric(self.config),
-            **({"latency": self.latency.signature} if self.latency is not None else {}),
-            "seed": seed,
-        }
-
-
-def software() -> dict[str, Any]:
-    """What computes here, as signatures name it, and on how many threads."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-    }
+        return signed(self, splits, seed, arms)
 
 
 @contextmanager
