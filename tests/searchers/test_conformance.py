@@ -44,6 +44,7 @@ ARMS: list[Arm] = [
     ("evolution", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     ("evolution", {"longest_gap": 6, "screen": 0.5}),
     ("evopress", {"offspring": 5, "initial": 3, "screen": 0.5, "generations": 4}),
+    ("evopress", {"baselines": True, "runs": True, "generations": 4}),
     ("front", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     ("mcts", {"sweep": False, "baselines": False, "batch": 5}),
     ("mcts", {"exploration": 0.0, "widening": 0.0, "batch": 1}),
@@ -57,6 +58,8 @@ ARMS: list[Arm] = [
     ("optuna", {"sampler": "qmc"}),
     ("optuna", {"sampler": "nsga2", "population": 8}),
     ("optuna", {"sampler": "nsga3"}),
+    ("optuna", {"baselines": False}),
+    ("optuna", {"sampler": "cmaes", "baselines": False}),
 ]
 EXHAUSTING: list[Arm] = [
     arm
@@ -68,6 +71,7 @@ FRONTED: list[Arm] = [
     ("front", {"sweep": False, "guided": False, "parents": 1, "offspring": 5}),
     *(("optuna", {"sampler": name}) for name in ("tpe", "qmc", "nsga2", "nsga3", "random")),
     ("optuna", {"sampler": "nsga2", "population": 8, "batch": 1}),
+    ("optuna", {"sampler": "nsga2", "baselines": False}),
 ]
 """Methods that serve several budgets at once."""
 LIMIT = 70

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from landscapes import Landscape, drive, proposals, toy
 
 from depthsearch.errors import ConfigError
 from depthsearch.searchers import build_searcher
+from depthsearch.searchers.baselines import cheap_baselines
 from depthsearch.searchers.evopress import (
     EvoPressOptions,
     balanced,
@@ -63,7 +65,7 @@ def test_stages_parents_and_the_end() -> None:
     space = toy(16)
     landscape = Landscape(len(space.sites), 0)
     options = EvoPressOptions(offspring=4, initial=3, screen=0.25, survivors=2, generations=5)
-    plan = evopress_plan(space, np.random.default_rng(0), options)
+    plan = evopress_plan(space, landscape.hints(), np.random.default_rng(0), options)
     batch = next(plan)
     assert [p.origin for p in batch.proposals] == ["evopress random"] * 3
     assert batch.stages == (Stage(0.25, 1),)
@@ -90,6 +92,41 @@ def test_stages_parents_and_the_end() -> None:
             assert 0 < len(swapped) <= 8
             assert proposal.mask not in known
     assert generations == 5
+
+
+def test_it_can_start_from_the_best_baseline() -> None:
+    space = toy(16)
+    landscape = Landscape(len(space.sites), 0)
+    options = EvoPressOptions(offspring=4, screen=0.5, baselines=True)
+    plan = evopress_plan(space, landscape.hints(), np.random.default_rng(0), options)
+    batch = next(plan)
+    assert batch.proposals == cheap_baselines(space, landscape.hints())
+    assert batch.stages == (Stage(0.5, 1),)
+    known = {p.mask: landscape.evaluate(p.mask) for p in batch.proposals}
+    best = min(known.values(), key=lambda e: e.order).mask
+    for proposal in plan.send(known).proposals:
+        assert proposal.origin == "evopress switch"
+        assert 0 < len(set(proposal.mask.dropped) ^ set(best.dropped)) <= 8
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_half_of_the_offspring_can_come_from_moves_of_whole_stretches(runs: bool) -> None:
+    """A window of 16 sites keeps its one gap when it is moved, which no three swaps do."""
+    space = toy(32, Budget("sites", drop=16))
+    window = space.dense.without(range(20, 36))
+    options = EvoPressOptions(offspring=200, initial=1, runs=runs)
+    plan = evopress_plan(space, Landscape(64).hints(), np.random.default_rng(0), options)
+    (first,) = next(plan).proposals
+    losses = (1.0,) * 6
+    known = {first.mask: Evaluation(first.mask, losses, 384, Status.OK)}
+    # The parent is what did best: the window, once it is known under the name of the first mask.
+    known[first.mask] = replace(known[first.mask], mask=window)
+    offspring = [p.mask for p in plan.send(known).proposals]
+    far = [mask for mask in offspring if len(set(mask.dropped) - set(window.dropped)) > 3]
+    whole = [mask for mask in offspring if len(mask.runs) == 1]
+    assert all(space.on_budget(mask) for mask in offspring)
+    assert (len(far) > 20) is runs
+    assert (len(whole) > 5) is runs
 
 
 def test_until_something_worked_it_draws_at_random() -> None:

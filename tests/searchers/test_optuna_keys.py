@@ -70,6 +70,16 @@ def test_the_first_trials_are_the_baselines(name: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+def test_without_baselines_the_first_trials_are_the_samplers_own(sampler: str) -> None:
+    searcher = searcher_of(LARGE["large"], sampler=sampler, baselines=False)
+    batch = searcher.ask()
+    assert {proposal.origin for proposal in batch.proposals} <= {
+        f"optuna {sampler}", f"optuna {sampler} nearby"
+    }  # fmt: skip
+    assert len(batch.proposals) == OptunaOptions().batch
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_trials_mirror_the_evaluations(sampler: str) -> None:
     space = SPACES["sublayer"]
     landscape = Landscape(12)

@@ -160,7 +160,7 @@ _METHODS: Mapping[str, Method] = {
     "beam": Method(BeamOptions, beam_plan),
     "evolution": Method(EvolutionOptions, evolution_plan, endless=True),
     "front": Method(FrontOptions, front_plan, endless=True),
-    "evopress": Method(EvoPressOptions, lambda space, _, rng, o: evopress_plan(space, rng, o)),
+    "evopress": Method(EvoPressOptions, evopress_plan),
     "mcts": Method(MctsOptions, MctsSearcher, endless=True),
     "exhaustive": Method(
         ExhaustiveOptions, lambda space, hints, _, o: exhaustive_plan(listed(space, hints, o), o)

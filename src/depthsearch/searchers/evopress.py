@@ -3,7 +3,8 @@
 (1 + lambda): the best of a few random masks is the parent; each offspring swaps dropped for kept
 sites of the same kind; offspring are thinned out on a little text, and those that are left meet the
 parent on all of it. What differs from the published program: the text is the same in every
-generation, so the parent's loss is known, and no mask is evaluated twice.
+generation, so the parent's loss is known, and no mask is evaluated twice. Two options give it what
+the searches of this package have besides: cheap baselines to start from, and run moves.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from itertools import zip_longest
 
 import numpy as np
 
+from depthsearch.searchers.baselines import cheap_baselines
+from depthsearch.searchers.moves import Moves
 from depthsearch.searchers.options import at_least, within
 from depthsearch.searchers.staged import Plan
-from depthsearch.space import Batch, Evaluation, Mask, Proposal, SearchSpace, Stage, Status
+from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace, Stage, Status
 
 Unit = tuple[int, ...]
 
 _MOST_SWAPS = 3
 _TRIES_A_MASK = 20
+_RUN_MOVES = ("shift", "resize", "split", "merge", "slide")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class EvoPressOptions:
     tokens), and the best `survivors` of them on all of it. The first parent is the best of
     `initial` random masks on the screening text. The search ends after `generations`; 0 stands for
     the published k (n - k) / 1.5, for k of n units of the kind that has most choices.
+
+    Not published: with `baselines` the first parent is the best of the cheap baselines instead, and
+    with `runs` about half of the offspring come from moves of whole stretches of dropped genes.
     """
 
     offspring: int = 32
@@ -41,35 +48,46 @@ class EvoPressOptions:
     survivors: int = 2
     screen: float = 1 / 16
     generations: int = 0
+    baselines: bool = False
+    runs: bool = False
 
     def __post_init__(self) -> None:
         at_least(self, offspring=1, initial=1, survivors=1, generations=0)
         within(self, screen=(0.0, 1.0))
 
 
-def evopress_plan(space: SearchSpace, rng: np.random.Generator, options: EvoPressOptions) -> Plan:
+def evopress_plan(
+    space: SearchSpace, hints: Hints, rng: np.random.Generator, options: EvoPressOptions
+) -> Plan:
     """Random masks that drop as many of each kind, then generations of one parent each."""
-    kinds = kinds_of(space)
+    kinds, moves = kinds_of(space), Moves(space, rng)
     seen: set[Mask] = set()
     parent: Evaluation | None = None
 
-    def born_of(parent: Evaluation | None) -> list[Mask]:
-        if parent is None:
-            return _new(lambda: balanced(space, rng, kinds), options.initial, seen)
-        make = partial(switched, space, rng, parent.mask, kinds)
-        return _new(make, options.offspring, seen)
+    def child(mask: Mask) -> Mask:
+        if options.runs and rng.random() < 0.5:
+            move = _RUN_MOVES[int(rng.integers(len(_RUN_MOVES)))]
+            return moves.apply(move, mask, mask) or mask
+        return switched(space, rng, mask, kinds)
 
-    born = born_of(None)
-    origin, survivors = "evopress random", 1
-    for _ in range(1 + (options.generations or published_generations(born[0], kinds))):
-        proposals = tuple(Proposal(mask, origin) for mask in born)
-        answers = yield Batch(proposals, stages=(Stage(options.screen, survivors),))
+    def born_of(parent: Evaluation | None) -> list[Proposal]:
+        if parent is not None:
+            make, origin, count = partial(child, parent.mask), "switch", options.offspring
+        else:
+            make, origin, count = partial(balanced, space, rng, kinds), "random", options.initial
+        return [Proposal(mask, f"evopress {origin}") for mask in _new(make, count, seen)]
+
+    born = list(cheap_baselines(space, hints)) if options.baselines else born_of(None)
+    seen.update(proposal.mask for proposal in born)
+    survivors = 1
+    for _ in range(1 + (options.generations or published_generations(born[0].mask, kinds))):
+        answers = yield Batch(tuple(born), stages=(Stage(options.screen, survivors),))
         for evaluation in answers.values():
             better = parent is None or evaluation.order < parent.order
             if evaluation.status is Status.OK and better:
                 parent = evaluation
         if parent is not None:
-            origin, survivors = "evopress switch", options.survivors
+            survivors = options.survivors
         born = born_of(parent)
         if not born:
             return

@@ -99,7 +99,7 @@ class OptunaSearcher:
         self._standing: dict[Mask, float] = {}
         self._pending: dict[Mask, list[Trial]] = {}
         self._waiting: tuple[Proposal, ...] = ()
-        self._baselines = cheap_baselines(space, hints)
+        self._baselines = cheap_baselines(space, hints) if options.baselines else ()
         self._seeds = list(self._baselines)
         own = next(i for i, p in enumerate(space.points) if p.budget == space.budget)
         self._at = space.points[own]
@@ -123,7 +123,7 @@ class OptunaSearcher:
         return self._waiting
 
     def ask(self, n: int | None = None) -> Batch:
-        """All baselines first, then `batch` masks at a time, but at most `n`.
+        """All baselines first, if any, then `batch` masks at a time, but at most `n`.
 
         With a front only baselines race, each against masks of its budget: the study weighs all
         others in loss and costs.
@@ -131,7 +131,7 @@ class OptunaSearcher:
         check_ask(n, self._waiting)
         with quiet():
             seeds = self._due_seeds()[:n]
-            while not seeds and self._further:
+            while not seeds and self._further and self._options.baselines:
                 self._at = self._further.pop(0)
                 self._seeds = self._baselines_at(self._at)
                 seeds = self._seeds[:n]

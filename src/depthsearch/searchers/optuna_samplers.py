@@ -35,7 +35,8 @@ class OptunaOptions:
     (genetic, with `population` trials a generation; the baselines are the first), or random.
     `storage` is an Optuna storage URL, `journal:PATH`, or null for memory. The study must not exist
     yet, or hold no result; `fresh: true` deletes one of the same name first, and `shared: true`
-    joins it, so that several runs learn from each other's trials.
+    joins it, so that several runs learn from each other's trials. With `baselines: false` it starts
+    from the sampler's own first trials instead of the cheap baselines.
 
     With several budgets every sampler but `cmaes` and `gp` minimizes the loss and each cost of the
     budgets at once, and a further parameter names the budget; such a study can't be shared.
@@ -49,6 +50,7 @@ class OptunaOptions:
     batch: int = 4
     survivors: int = 4
     population: int = 16
+    baselines: bool = True
 
     def __post_init__(self) -> None:
         at_least(self, batch=1, survivors=1, population=2)

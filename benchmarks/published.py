@@ -1,0 +1,132 @@
+"""EvoPress on as much text as published: what share of its cost does another search need?
+
+    python benchmarks/published.py EVOPRESS RUN ... [--steps 6] [--out FILE]
+
+EVOPRESS and RUN ... are run directories of one model, text and budget, but for the size of their
+search text. The answers of all and up to `--steps` masks of the course of each RUN are judged, on
+every position, on the search text of EVOPRESS, which the others searched a part of at most, and on
+the held-out text of all. Prints one JSON document: the losses, at which share of EVOPRESS's cost
+each RUN was as good by both, and the difference of the answers on held-out text with its interval.
+Of an EVOPRESS that is not finished the best mask so far is taken, and what it has spent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+
+from depthsearch.config import load_config
+from depthsearch.journal import read_journal
+from depthsearch.run.anytime import Improvement, improvements, spaced
+from depthsearch.run.directory import BEST, CONFIG, JOURNAL
+from depthsearch.run.session import Session
+from depthsearch.run.statistics import paired_difference
+from depthsearch.space import Mask
+
+
+def main() -> None:
+    """Judge and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("evopress", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--steps", type=int, default=6, help="masks of a course, spaced by cost")
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    courses = [course(run, chosen.steps) for run in (chosen.evopress, *chosen.runs)]
+    text = json.dumps(compared(chosen.evopress, chosen.runs, courses), indent=2)
+    print(text)
+    if chosen.out is not None:
+        chosen.out.write_text(text + "\n", encoding="utf-8")
+
+
+def course(run: Path, steps: int) -> list[Improvement]:
+    """What a run had found on its way, and last what it answers."""
+    records = read_journal(run / JOURNAL)
+    found = improvements(records)
+    on_the_way, last = spaced(found, steps), found[-1]
+    if (run / BEST).exists():
+        mask = json.loads((run / BEST).read_text(encoding="utf-8"))["mask"]
+        last = Improvement(records[-1]["cost_tokens"], float("nan"), mask, "answer")
+        return [*on_the_way, last]
+    spent = max(record["cost_tokens"] for record in records if "cost_tokens" in record)
+    return [*on_the_way, Improvement(spent, last.loss, last.mask, "best so far")]
+
+
+def compared(
+    evopress: Path, runs: Sequence[Path], courses: Sequence[Sequence[Improvement]]
+) -> dict[str, Any]:
+    """The losses of all masks of the courses, and what they say."""
+    config = load_config(evopress / CONFIG)
+    session, seed = Session.open(config), config.search.seed
+    splits = session.splits(seed)
+    keys = list(dict.fromkeys(step.mask for found in courses for step in found))
+    losses = {
+        name: dict(zip(keys, table, strict=True))
+        for name, table in (
+            ("search text", judged(session, splits.select, keys)),
+            ("held-out", judged(session, splits.heldout, keys)),
+        )
+    }
+
+    def rows(found: Sequence[Improvement]) -> list[dict[str, Any]]:
+        return [
+            {"cost_tokens": step.cost_tokens, "mask": step.mask}
+            | {f"{name} KL": float(table[step.mask].mean()) for name, table in losses.items()}
+            for step in found
+        ]
+
+    (reference, *others) = map(rows, courses)
+    last = reference[-1]
+    shares = [
+        [row["cost_tokens"] / last["cost_tokens"] for row in found if as_good(row, last)]
+        for found in others
+    ]
+    answers = np.array([losses["held-out"][found[-1].mask] for found in courses[1:]])
+    theirs = losses["held-out"][courses[0][-1].mask]
+    ahead = paired_difference(theirs[None], answers, np.random.default_rng(0))
+    return {
+        "benchmark": "published",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "signature": session.signature(splits, seed),
+        "heldout_tokens": splits.heldout.numel(),
+        "evopress": {
+            "finished": (evopress / BEST).exists(),
+            "search": config.search.model_dump(mode="json"),
+            "course": reference,
+        },
+        "runs": [
+            {
+                "run": f"{run.parent.parent.name}/{run.name}",
+                "select_tokens": load_config(run / CONFIG).calibration.select_tokens,
+                "course": found,
+                "share_of_cost_to_match": min(share, default=None),
+            }
+            for run, found, share in zip(runs, others, shares, strict=True)
+        ],
+        "evopress_minus_runs_heldout_kl": ahead.to_json(),
+    }
+
+
+def as_good(row: dict[str, Any], last: dict[str, Any]) -> bool:
+    """Whether a mask is at most as bad as another by both losses."""
+    return all(row[key] <= last[key] for key in row if key.endswith("KL"))
+
+
+def judged(session: Session, windows: torch.Tensor, keys: Sequence[str]) -> list[np.ndarray]:
+    """KL to the dense model of each mask, one for each window."""
+    kl, _ = session.judge(windows).figures([Mask.from_key(key) for key in keys])
+    return list(kl.numpy())
+
+
+if __name__ == "__main__":
+    main()
