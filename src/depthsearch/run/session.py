@@ -136,7 +136,7 @@ class Session:
             seed,
             fits.get(fit_key, 0),
         )
-        key = (self.documents, *asked)
+        key = (self.documents, self.fit_other, *asked)
         if key not in self.drawn:
             tokenizer, other = self.loaded.tokenizer, self.fit_other
             self.drawn[key] = make_splits(
