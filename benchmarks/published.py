@@ -1,13 +1,14 @@
 """EvoPress on as much text as published: what share of its cost does another search need?
 
-    python benchmarks/published.py EVOPRESS RUN ... [--steps 6] [--out FILE]
+    python benchmarks/published.py EVOPRESS RUN ... [--steps 6] [--tokens 8192] [--out FILE]
 
 EVOPRESS and RUN ... are run directories of one model, text and budget, but for the size of their
 search text. The answers of all and up to `--steps` masks of the course of each RUN are judged, on
-every position, on the search text of EVOPRESS, which the others searched a part of at most, and on
-the held-out text of all. Prints one JSON document: the losses, at which share of EVOPRESS's cost
-each RUN was as good by both, and the difference of the answers on held-out text with its interval.
-Of an EVOPRESS that is not finished the best mask so far is taken, and what it has spent.
+every position, on the first `--tokens` of the search text of EVOPRESS, of which the others have
+seen a part at most, and of the held-out text of all. Prints one JSON document: the losses, at which
+share of EVOPRESS's cost each RUN was as good by both, and the difference of the answers on held-out
+text with its interval. Of an EVOPRESS that is not finished the best mask so far is taken, and what
+it has spent.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ def main() -> None:
     parser.add_argument("evopress", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--steps", type=int, default=6, help="masks of a course, spaced by cost")
+    parser.add_argument("--tokens", type=int, help="of each text (default: all)")
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     courses = [course(run, chosen.steps) for run in (chosen.evopress, *chosen.runs)]
-    text = json.dumps(compared(chosen.evopress, chosen.runs, courses), indent=2)
+    found = compared(chosen.evopress, chosen.runs, courses, chosen.tokens)
+    text = json.dumps(found, indent=2)
     print(text)
     if chosen.out is not None:
         chosen.out.write_text(text + "\n", encoding="utf-8")
@@ -63,20 +66,19 @@ def course(run: Path, steps: int) -> list[Improvement]:
 
 
 def compared(
-    evopress: Path, runs: Sequence[Path], courses: Sequence[Sequence[Improvement]]
+    evopress: Path,
+    runs: Sequence[Path],
+    courses: Sequence[Sequence[Improvement]],
+    tokens: int | None,
 ) -> dict[str, Any]:
     """The losses of all masks of the courses, and what they say."""
     config = load_config(evopress / CONFIG)
     session, seed = Session.open(config), config.search.seed
     splits = session.splits(seed)
     keys = list(dict.fromkeys(step.mask for found in courses for step in found))
-    losses = {
-        name: dict(zip(keys, table, strict=True))
-        for name, table in (
-            ("search text", judged(session, splits.select, keys)),
-            ("held-out", judged(session, splits.heldout, keys)),
-        )
-    }
+    count = None if tokens is None else tokens // splits.window_tokens
+    texts = {"search text": splits.select[:count], "held-out": splits.heldout[:count]}
+    losses = {name: judged(session, windows, keys) for name, windows in texts.items()}
 
     def rows(found: Sequence[Improvement]) -> list[dict[str, Any]]:
         return [
@@ -98,7 +100,7 @@ def compared(
         "benchmark": "published",
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "signature": session.signature(splits, seed),
-        "heldout_tokens": splits.heldout.numel(),
+        "tokens": {name: windows.numel() for name, windows in texts.items()},
         "evopress": {
             "finished": (evopress / BEST).exists(),
             "search": config.search.model_dump(mode="json"),
@@ -122,10 +124,10 @@ def as_good(row: dict[str, Any], last: dict[str, Any]) -> bool:
     return all(row[key] <= last[key] for key in row if key.endswith("KL"))
 
 
-def judged(session: Session, windows: torch.Tensor, keys: Sequence[str]) -> list[np.ndarray]:
+def judged(session: Session, windows: torch.Tensor, keys: Sequence[str]) -> dict[str, np.ndarray]:
     """KL to the dense model of each mask, one for each window."""
     kl, _ = session.judge(windows).figures([Mask.from_key(key) for key in keys])
-    return list(kl.numpy())
+    return dict(zip(keys, kl.numpy(), strict=True))
 
 
 if __name__ == "__main__":
