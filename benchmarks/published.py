@@ -28,11 +28,14 @@ import torch
 
 from depthsearch.config import load_config
 from depthsearch.journal import read_journal
-from depthsearch.run.anytime import Improvement, improvements, spaced
+from depthsearch.run.anytime import improvements, spaced
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL
 from depthsearch.run.session import Session
 from depthsearch.run.statistics import paired_difference
 from depthsearch.space import Mask
+
+Step = tuple[float, str]
+"""What had been spent, and the key of the mask that was best then."""
 
 
 def main() -> None:
@@ -52,39 +55,37 @@ def main() -> None:
         chosen.out.write_text(text + "\n", encoding="utf-8")
 
 
-def course(run: Path, steps: int) -> list[Improvement]:
-    """What a run had found on its way, and last what it answers."""
+def course(run: Path, steps: int) -> list[Step]:
+    """The masks that a run had found on its way, and last what it answers, with their costs."""
     records = read_journal(run / JOURNAL)
     found = improvements(records)
-    on_the_way, last = spaced(found, steps), found[-1]
-    if (run / BEST).exists():
-        mask = json.loads((run / BEST).read_text(encoding="utf-8"))["mask"]
-        last = Improvement(records[-1]["cost_tokens"], float("nan"), mask, "answer")
-        return [*on_the_way, last]
+    answer, best = found[-1].mask, run / BEST
+    if best.exists():
+        answer = json.loads(best.read_text(encoding="utf-8"))["mask"]
     spent = max(record["cost_tokens"] for record in records if "cost_tokens" in record)
-    return [*on_the_way, Improvement(spent, last.loss, last.mask, "best so far")]
+    return [*((step.cost_tokens, step.mask) for step in spaced(found, steps)), (spent, answer)]
 
 
 def compared(
     evopress: Path,
     runs: Sequence[Path],
-    courses: Sequence[Sequence[Improvement]],
+    courses: Sequence[Sequence[Step]],
     tokens: int | None,
 ) -> dict[str, Any]:
     """The losses of all masks of the courses, and what they say."""
     config = load_config(evopress / CONFIG)
     session, seed = Session.open(config), config.search.seed
     splits = session.splits(seed)
-    keys = list(dict.fromkeys(step.mask for found in courses for step in found))
+    keys = list(dict.fromkeys(mask for found in courses for _, mask in found))
     count = None if tokens is None else tokens // splits.window_tokens
     texts = {"search text": splits.select[:count], "held-out": splits.heldout[:count]}
     losses = {name: judged(session, windows, keys) for name, windows in texts.items()}
 
-    def rows(found: Sequence[Improvement]) -> list[dict[str, Any]]:
+    def rows(found: Sequence[Step]) -> list[dict[str, Any]]:
         return [
-            {"cost_tokens": step.cost_tokens, "mask": step.mask}
-            | {f"{name} KL": float(table[step.mask].mean()) for name, table in losses.items()}
-            for step in found
+            {"cost_tokens": cost, "mask": mask}
+            | {f"{name} KL": float(table[mask].mean()) for name, table in losses.items()}
+            for cost, mask in found
         ]
 
     (reference, *others) = map(rows, courses)
@@ -93,8 +94,8 @@ def compared(
         [row["cost_tokens"] / last["cost_tokens"] for row in found if as_good(row, last)]
         for found in others
     ]
-    answers = np.array([losses["held-out"][found[-1].mask] for found in courses[1:]])
-    theirs = losses["held-out"][courses[0][-1].mask]
+    answers = np.array([losses["held-out"][found[-1][1]] for found in courses[1:]])
+    theirs = losses["held-out"][courses[0][-1][1]]
     ahead = paired_difference(theirs[None], answers, np.random.default_rng(0))
     return {
         "benchmark": "published",
