@@ -121,7 +121,11 @@ def test_half_of_the_offspring_can_come_from_moves_of_whole_stretches(runs: bool
     known = {first.mask: Evaluation(first.mask, losses, 384, Status.OK)}
     # The parent is what did best: the window, once it is known under the name of the first mask.
     known[first.mask] = replace(known[first.mask], mask=window)
-    offspring = [p.mask for p in plan.send(known).proposals]
+    proposals = plan.send(known).proposals
+    offspring = [p.mask for p in proposals]
+    switches = [p.mask for p in proposals if p.origin == "evopress switch"]
+    assert 20 < len(offspring) - len(switches) < 130 if runs else len(switches) == 200
+    assert all(len(set(mask.dropped) - set(window.dropped)) <= 3 for mask in switches)
     far = [mask for mask in offspring if len(set(mask.dropped) - set(window.dropped)) > 3]
     whole = [mask for mask in offspring if len(mask.runs) == 1]
     assert all(space.on_budget(mask) for mask in offspring)

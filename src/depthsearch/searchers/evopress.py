@@ -64,18 +64,19 @@ def evopress_plan(
     seen: set[Mask] = set()
     parent: Evaluation | None = None
 
-    def child(mask: Mask) -> Mask:
+    def first() -> tuple[Mask, str]:
+        return balanced(space, rng, kinds), "random"
+
+    def child(mask: Mask) -> tuple[Mask, str]:
         if options.runs and rng.random() < 0.5:
             move = _RUN_MOVES[int(rng.integers(len(_RUN_MOVES)))]
-            return moves.apply(move, mask, mask) or mask
-        return switched(space, rng, mask, kinds)
+            return moves.apply(move, mask, mask) or mask, move
+        return switched(space, rng, mask, kinds), "switch"
 
     def born_of(parent: Evaluation | None) -> list[Proposal]:
-        if parent is not None:
-            make, origin, count = partial(child, parent.mask), "switch", options.offspring
-        else:
-            make, origin, count = partial(balanced, space, rng, kinds), "random", options.initial
-        return [Proposal(mask, f"evopress {origin}") for mask in _new(make, count, seen)]
+        if parent is None:
+            return _new(first, options.initial, seen)
+        return _new(partial(child, parent.mask), options.offspring, seen)
 
     born = list(cheap_baselines(space, hints)) if options.baselines else born_of(None)
     seen.update(proposal.mask for proposal in born)
@@ -141,14 +142,14 @@ def switched(
     return mask if space.on_budget(mask) else space.repair(mask, rng)
 
 
-def _new(make: Callable[[], Mask], count: int, seen: set[Mask]) -> list[Mask]:
+def _new(make: Callable[[], tuple[Mask, str]], count: int, seen: set[Mask]) -> list[Proposal]:
     """At most `count` masks that were not made before; fewer where few are left."""
-    found: list[Mask] = []
+    found: list[Proposal] = []
     for _ in range(_TRIES_A_MASK * count):
-        mask = make()
+        mask, origin = make()
         if mask not in seen:
             seen.add(mask)
-            found.append(mask)
+            found.append(Proposal(mask, f"evopress {origin}"))
         if len(found) == count:
             break
     return found
