@@ -44,6 +44,7 @@ SUMMED = (
     "evaluations_mean",
     "seconds_mean",
 )
+SINGLE = ("origin", "cost_tokens", "select_loss", "finals_loss", "heldout_kl", "heldout_ce")
 
 
 def main() -> None:
@@ -102,6 +103,7 @@ def summed_up(result: Mapping[str, Any]) -> dict[str, Any]:
             for row in sorted(result["summary"], key=lambda row: row["heldout_kl_mean"])
         ],
         "masks": {f"{e['name']}-seed{e['seed']}": e["mask"] for e in result["arms"]},
+        "runs": {f"{e['name']}-seed{e['seed']}": single(e) for e in result["arms"]},
         "ranks": result["ranks"],
         "pairs": result["pairs"],
         "anytime": result["anytime"],
@@ -110,6 +112,14 @@ def summed_up(result: Mapping[str, Any]) -> dict[str, Any]:
         "warnings": result["warnings"],
         "failed": result["failed"],
         "verdict": result["verdict"],
+    }
+
+
+def single(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One arm with one seed: what it ended with, and its lowest search loss against cost."""
+    return {
+        **{key: entry.get(key) for key in SINGLE},
+        "course": [[round(cost), round(loss, 5)] for cost, loss in entry["anytime"]],
     }
 
 
