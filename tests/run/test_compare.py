@@ -106,7 +106,7 @@ def test_the_document_has_what_reports_and_people_read(
             "evaluations", "seconds", "select_loss", "finals_loss", "anytime", "heldout_kl",
             "heldout_kl_stderr", "heldout_ce", "heldout_ce_stderr", "heldout_losses",
             "cut_kl", "cut_ce", "repair", "gap", "anytime_heldout", "search_repair", "score",
-            "baseline",
+            "baseline", "toward_text",
         }  # fmt: skip
         assert arm["cost"] <= result["cap"] < result["dense_cost"]
     for row in result["summary"]:

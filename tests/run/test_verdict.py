@@ -173,6 +173,21 @@ class TestWhetherSearchPaid:
         assert "leaves room for a gain of 0.1200 nats" in text
         assert "did not help" not in text
 
+    def test_what_is_ruled_out_is_meant_of_all_pairs_that_it_was_picked_from(self) -> None:
+        """The pair alone rules out more than 0.02 nats, all pairs together leave room for 0.03."""
+        found = measured("evo", "win", -0.01, -0.02, 0.005)
+        text = self.said(0.49, found | {"picked_low": -0.03, "picked_high": 0.015})
+        assert text.startswith("open: ")
+        assert "leaves room for a gain of 0.0300 nats" in text
+
+    def test_a_slight_gain_that_is_shown_alone_is_not_called_no_help(self) -> None:
+        found = measured("evo", "win", -0.01, -0.015, -0.005)
+        text = self.said(0.49, found | {"verdict": "no difference shown", "picked_low": -0.02,
+                                        "picked_high": 0.001})  # fmt: skip
+        assert text.startswith("enough: ")
+        assert "a gain of more than 0.0200 nats by evo is ruled out" in text
+        assert text.endswith("What search gained over one-pass methods here is slight.")
+
     def test_a_search_that_lost(self) -> None:
         text = self.said(0.6, measured("evo", "win", 0.1, 0.05, 0.2))
         assert text.startswith("enough: win has the lowest")
@@ -222,6 +237,8 @@ class TestWhetherSearchPaid:
             }
             for name, found in cases.items()
         ]
+        mended = [row("evo", 0.4) | {"finish": "gap"}, row("win", 0.5, "windows")]
+        sections.append({"budget_text": "unlike", "summary": mended, "pairs": []})
         sections.append({"budget_text": "nothing", "summary": [], "pairs": []})
         ranks = [
             {"arm": arm, "rank_mean": mean, "rank_low": 1.0, "rank_high": 2.0,
@@ -232,7 +249,8 @@ class TestWhetherSearchPaid:
             "Search pays at params 87 % (evo, 0.1000 nats below win); cache 50 % (evo, 0.2000 nats "
             "below win). A method without a search is enough at params 75 % (win). The intervals "
             "can't tell whether search helps over a method without one at cache 60 % (win). No "
-            "search and one-pass method, repaired alike, are there to compare at nothing. evo has "
+            "method without a search is repaired as the best search is at unlike. No search and "
+            "one-pass method are there to compare at nothing. evo has "
             "the best mean rank over budgets and seeds, 1.12 [1.00, 2.00] of 2, and is first in "
             "95 % of resamples."
         )
@@ -271,5 +289,9 @@ class TestWarnings:
     def test_search_losses_that_do_not_carry_over(self) -> None:
         found = {"spearman": 0.21, "low": -0.2, "high": 0.6, "masks": 18}
         (said,) = warnings_of([self.rows(0.4)], [], [], found)
+        assert "can't be told from the few that were measured" in said
         assert "rank correlation is 0.21 [-0.20, 0.60] over 18 masks" in said
+        (said,) = warnings_of([self.rows(0.4)], [], [], found | {"high": 0.4})
+        assert "says little about" in said
+        assert said.endswith("Try a larger calibration.select_tokens.")
         assert warnings_of([self.rows(0.4)], [], [], found | {"low": 0.1}) == []

@@ -113,8 +113,10 @@ def arm_names(arms: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def arm_style(names: Sequence[str], name: str) -> tuple[str, str]:
-    """Colour and marker of an arm among those compared."""
-    return _ARMS[names.index(name) % len(_ARMS)]
+    """Colour and marker of an arm among those compared; no two of 81 arms share both."""
+    place = names.index(name)
+    color = _ARMS[place % len(_ARMS)][0]
+    return color, _ARMS[(place + place // len(_ARMS)) % len(_ARMS)][1]
 
 
 def loss_axis(axis: Axes, which: str, low: float, high: float) -> None:

@@ -49,7 +49,7 @@ from depthsearch.run.session import Session, check_search, opened
 from depthsearch.run.spaces import make_space
 from depthsearch.run.standing import NOTHING, measured_entry, ranks_of, section
 from depthsearch.run.tasks import check_task
-from depthsearch.run.verdict import ONE_SEED, overall
+from depthsearch.run.verdict import FEW_DOCUMENTS, ONE_SEED, few_documents, overall
 from depthsearch.run.watching import working_seconds
 from depthsearch.run.workers import check_gradients, check_repair
 
@@ -161,6 +161,9 @@ def _compare(
         },
     }
     result = shared | _joined(sections, measured)
+    documents = len(splits[0].heldout_texts)
+    if documents < FEW_DOCUMENTS:
+        result["verdict"] += f" {few_documents(documents)}"
     if len(seeds) == 1:
         result["verdict"] += f" {ONE_SEED}"
     write_json(out / COMPARE, result)
@@ -391,5 +394,6 @@ def _entry(arm: str, chosen: SearchConfig, score: str, run: Path) -> dict[str, A
         "finals_loss": best["finals_loss"],
         "search_repair": chosen.repair,
         "repair": best.get("repair"),
+        "toward_text": chosen.toward_text,
         "anytime": [[found.cost_tokens, found.loss] for found in improvements(records)],
     }

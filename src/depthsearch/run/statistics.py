@@ -107,11 +107,19 @@ def shown_among(
 ) -> bool:
     """Whether a difference on this `side` of zero is shown at 95 % for all `comparisons` together.
 
+    See `difference_among`.
+    """
+    return difference_among(a, b, comparisons, rng).side == side
+
+
+def difference_among(a: Losses, b: Losses, comparisons: int, rng: np.random.Generator) -> Interval:
+    """The paired difference with an interval at 95 % for all `comparisons` together.
+
     Each has its equal share of the error (Bonferroni), as it takes where this one was picked from
     them by its figures. Resamples grow with it: some five lie beyond each end.
     """
     level, resamples = 1 - 0.05 / comparisons, max(2000, 200 * comparisons)
-    return paired_difference(a, b, rng, level, resamples).side == side
+    return paired_difference(a, b, rng, level, resamples)
 
 
 @dataclass(frozen=True)

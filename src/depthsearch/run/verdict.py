@@ -28,6 +28,12 @@ ONE_SEED = "With one seed the intervals hold the noise of the held-out text alon
 HALF = 0.5
 """A lead that is sure to keep less than this share on held-out text was mostly luck or overfit."""
 
+LOOSE = 0.5
+"""A rank correlation that is sure to be below this says little about one mask and another."""
+
+FEW_DOCUMENTS = 16
+"""Below this, held-out windows that share a document make intervals much too narrow."""
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -39,10 +45,11 @@ class Outcome:
     interval rules out a gain over that one that matters (`SLIGHT`), "open" where it does not, and
     "no rival" where searches or one-pass arms are missing, or where no one-pass arm is repaired at
     its end as the best search is: what a repair gains is no gain of the search. Which ones are best
-    is by their means, so "better" is meant among all pairs of a search and a one-pass arm.
-    `difference` is that of the best one-pass arm minus the best search in nats, with its interval
-    where it is known. `baselines` are the answers of the search, in words, that it did not find but
-    started from.
+    is by their means, so "better" and "rules out" are meant among all pairs of a search and a
+    one-pass arm. `difference` is that of the best one-pass arm minus the best search in nats, with
+    its interval where it is known: that of the pair alone where search pays, else that of all such
+    pairs together. `alone` is whether a gain is shown where that pair is looked at alone.
+    `baselines` are the answers of the search, in words, that it did not find but started from.
     """
 
     kind: str
@@ -53,6 +60,7 @@ class Outcome:
     high: float | None = None
     baselines: tuple[str, ...] = ()
     seeds: int = 0
+    alone: bool = False
 
     @property
     def borrowed(self) -> bool:
@@ -77,8 +85,10 @@ def outcome(summary: Rows, pairs: Rows) -> Outcome:
         baselines = tuple(searches[0].get("baselines", ()))
         seeds = int(searches[0].get("seeds", 0))
         return Outcome("pays", search, best, *gain, baselines=baselines, seeds=seeds)
+    alone = gain[1] is not None and gain[1] > 0
+    gain = _gain(best, search, pairs, "picked_")
     wide = gain[2] is not None and gain[2] > SLIGHT * float(ranked[0]["heldout_kl_mean"])
-    return Outcome("open" if wide else "enough", search, best, *gain)
+    return Outcome("open" if wide else "enough", search, best, *gain, alone=alone)
 
 
 def verdict(summary: Rows, pairs: Rows, warnings: Sequence[str] = ()) -> str:
@@ -169,6 +179,8 @@ def _helped(found: Outcome, means: Mapping[str, float]) -> list[str]:
         elif found.low == found.high == 0:
             room = f"{found.search} came to the same"
         said.append(f"{found.simple} is enough here: {room}.")
+    if found.alone:
+        return [*said, "What search gained over one-pass methods here is slight."]
     return [*said, "Search did not help over one-pass methods here."]
 
 
@@ -185,12 +197,15 @@ def overall(sections: Rows, ranks: Rows) -> str:
             text += f" ({found.search}, {found.difference:.4f} nats below {found.simple})"
         elif found.kind in ("enough", "open"):
             text += f" ({found.simple})"
+        elif kind == "no rival" and found.search is not None:
+            kind = "unlike"
         groups.setdefault(kind, []).append(text)
     words = {
         "pays": "Search pays at",
         "enough": "A method without a search is enough at",
         "open": "The intervals can't tell whether search helps over a method without one at",
-        "no rival": "No search and one-pass method, repaired alike, are there to compare at",
+        "unlike": "No method without a search is repaired as the best search is at",
+        "no rival": "No search and one-pass method are there to compare at",
     }
     said = [f"{words[kind]} {'; '.join(groups[kind])}." for kind in words if kind in groups]
     if len(ranks) > 1:
@@ -216,6 +231,15 @@ def _sharing(rows: Rows, key: str) -> list[str]:
     return [str(row["arm"]) for row in rows if math.isclose(row[key], lowest, rel_tol=1e-12)]
 
 
+def few_documents(count: int) -> str:
+    """What is said of held-out text of so few documents."""
+    text = "one document" if count == 1 else f"{count} documents"
+    return (
+        f"All held-out text is of {text}, whose windows are alike, so intervals are too narrow: "
+        "raise calibration.heldout_tokens, or give text of more, shorter documents."
+    )
+
+
 def warnings_of(
     groups: Sequence[Rows], pairs: Rows, courses: Rows, correlation: Mapping[str, Any] | None
 ) -> list[str]:
@@ -234,13 +258,25 @@ def warnings_of(
                 "its lowest search loss: searching on made it worse."
             )
     if correlation is not None and correlation["low"] <= 0:
-        said.append(
-            "Which mask has the lower search loss says little about which has the lower held-out "
-            f"loss: their rank correlation is {correlation['spearman']:.2f} "
-            f"[{correlation['low']:.2f}, {correlation['high']:.2f}] over "
-            f"{correlation['masks']} masks. Try a larger calibration.select_tokens."
-        )
+        said.append(_loosely(correlation))
     return said
+
+
+def _loosely(correlation: Mapping[str, Any]) -> str:
+    """What a rank correlation says that may be zero."""
+    figures = (
+        f"their rank correlation is {correlation['spearman']:.2f} [{correlation['low']:.2f}, "
+        f"{correlation['high']:.2f}] over {correlation['masks']} masks."
+    )
+    if correlation["high"] < LOOSE:
+        return (
+            "Which mask has the lower search loss says little about which has the lower held-out "
+            f"loss: {figures} Try a larger calibration.select_tokens."
+        )
+    return (
+        "Whether masks with a lower search loss have a lower held-out loss can't be told from the "
+        f"few that were measured: {figures}"
+    )
 
 
 def _shrunk(rows: Rows, pairs: Rows) -> Iterator[str]:
@@ -258,12 +294,19 @@ def _shrunk(rows: Rows, pairs: Rows) -> Iterator[str]:
             )
 
 
-def _gain(over: str, by: str, pairs: Rows) -> tuple[float | None, float | None, float | None]:
-    """The loss of `over` minus that of `by` with its interval; None where it is not known."""
+def _gain(
+    over: str, by: str, pairs: Rows, kind: str = ""
+) -> tuple[float | None, float | None, float | None]:
+    """The loss of `over` minus that of `by` with its interval; None where it is not known.
+
+    The interval is that of the pair alone, or with `kind` "picked_" that of all among which the
+    pair was picked, where there is one.
+    """
     for pair in pairs:
         if "difference" not in pair:
             continue
-        middle, low, high = (float(pair[key]) for key in ("difference", "low", "high"))
+        ends = [pair.get(kind + end, pair[end]) for end in ("low", "high")]
+        middle, low, high = (float(value) for value in (pair["difference"], *ends))
         if (pair["a"], pair["b"]) == (over, by):
             return middle, low, high
         if (pair["a"], pair["b"]) == (by, over):
