@@ -7,7 +7,8 @@ Runs `depthsearch compare` with benchmarks/arena.yaml at one budget after the ot
 folder of its own below `--runs`; what is there already is used or gone on with. Then sums up: for
 each budget the arms by held-out KL with intervals, what stopping earlier would have given, the
 verdict, and, of the arms that search, the share of EvoPress's cost at which their best mask so far
-was as good as EvoPress's last. Prints one JSON document.
+was as good as EvoPress's answer: of all that its search cost, and of what it had cost when it was
+as good itself, without the finals on both sides. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from depthsearch.journal import read_journal
 from depthsearch.run.compare import read_compare
+from depthsearch.run.directory import JOURNAL
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS: Mapping[str, tuple[str, Sequence[str]]] = {
@@ -44,7 +47,15 @@ SUMMED = (
     "evaluations_mean",
     "seconds_mean",
 )
-SINGLE = ("origin", "cost_tokens", "select_loss", "finals_loss", "heldout_kl", "heldout_ce")
+SINGLE = (
+    "origin",
+    "cost_tokens",
+    "search_cost_tokens",
+    "select_loss",
+    "finals_loss",
+    "heldout_kl",
+    "heldout_ce",
+)
 
 
 def main() -> None:
@@ -59,10 +70,10 @@ def main() -> None:
     chosen = parser.parse_args()
     path, budgets = MODELS[chosen.model]
     settings = [f"model.path={ROOT / path}", f"compare.seeds={chosen.seeds}", *chosen.set]
-    found = {
-        budget: compared(chosen.runs / f"{chosen.model}-{budget}", budget, settings)
-        for budget in chosen.budget or budgets
-    }
+    found = {}
+    for budget in chosen.budget or budgets:
+        folder = chosen.runs / f"{chosen.model}-{budget}"
+        found[budget] = compared(folder, path, chosen.seeds, budget, settings)
     first = next(iter(found.values()))
     result = {
         "benchmark": "arena",
@@ -76,8 +87,10 @@ def main() -> None:
         chosen.out.write_text(text + "\n", encoding="utf-8")
 
 
-def compared(folder: Path, budget: str, settings: Sequence[str]) -> dict[str, Any]:
-    """compare.json at one budget."""
+def compared(
+    folder: Path, path: str, seeds: Sequence[int], budget: str, settings: Sequence[str]
+) -> dict[str, Any]:
+    """compare.json at one budget, of this model and these seeds."""
     if not (folder / "compare.json").exists():
         metric, _, share = budget.partition("=")
         program = Path(sys.executable).with_name("depthsearch")
@@ -90,7 +103,23 @@ def compared(folder: Path, budget: str, settings: Sequence[str]) -> dict[str, An
         if code:
             # The program has said why.
             raise SystemExit(code)
-    return read_compare(folder)
+    found = read_compare(folder)
+    asked, there = sorted(seeds), sorted(found["signature"]["seed"])
+    model, known = Path(path).name, found["signature"]["model"]["source"]
+    if (asked, model) != (there, known):
+        raise SystemExit(
+            f"{folder} holds a comparison of {known} with seeds {there}, not of {model} with "
+            f"{asked}: choose another --runs"
+        )
+    for entry in found["arms"]:
+        entry["search_cost_tokens"] = searched_for(folder / entry["run"])
+    return found
+
+
+def searched_for(run: Path) -> float:
+    """The cost_tokens of a run before its finals."""
+    told = [r for r in read_journal(run / JOURNAL) if r["op"] in ("hints", "tell")]
+    return float(told[-1]["cost_tokens"])
 
 
 def summed_up(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,6 +137,7 @@ def summed_up(result: Mapping[str, Any]) -> dict[str, Any]:
         "pairs": result["pairs"],
         "anytime": result["anytime"],
         "share_of_cost_to_match": matched(result, REFERENCE),
+        "share_of_cost_until_found": matched(result, REFERENCE, own=True),
         "correlation": result["correlation"],
         "warnings": result["warnings"],
         "failed": result["failed"],
@@ -123,11 +153,14 @@ def single(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def matched(result: Mapping[str, Any], reference: str) -> dict[str, list[float | None]]:
-    """For each seed, the share of the reference's cost after which an arm was as good.
+def matched(
+    result: Mapping[str, Any], reference: str, own: bool = False
+) -> dict[str, list[float | None]]:
+    """For each seed, the share of the reference's search cost after which an arm was as good.
 
     As good by held-out KL and by search loss, of the masks of its course that were measured; None
-    where it never was.
+    where it never was. With `own` of the cost after which the reference itself was as good as its
+    answer, which is less where it went on without finding better.
     """
     shares: dict[str, list[float | None]] = {}
     last = {e["seed"]: e for e in result["arms"] if e["name"] == reference}
@@ -135,14 +168,21 @@ def matched(result: Mapping[str, Any], reference: str) -> dict[str, list[float |
         other = last.get(entry["seed"])
         if other is None or entry["name"] == reference:
             continue
-        there = [
-            step["cost_tokens"] / other["cost_tokens"]
-            for step in entry["anytime_heldout"]
-            if step["heldout_kl"] <= other["heldout_kl"]
-            and step["select_loss"] <= other["select_loss"]
-        ]
-        shares.setdefault(entry["name"], []).append(min(there, default=None))
+        whole = as_good(other, other) if own else other["search_cost_tokens"]
+        there = as_good(entry, other)
+        share = None if there is None or not whole else there / whole
+        shares.setdefault(entry["name"], []).append(share)
     return shares
+
+
+def as_good(entry: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
+    """The cost_tokens after which a run was as good as the answer of another, if it ever was."""
+    there = (
+        step["cost_tokens"]
+        for step in entry["anytime_heldout"]
+        if step["heldout_kl"] <= other["heldout_kl"] and step["select_loss"] <= other["select_loss"]
+    )
+    return min(there, default=None)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/courses.py benchmarks/results/smollm2-arena-kv.json ... --out FILE.png
 
 A panel for each budget of each file, means with 95 % intervals. Methods without a search are grey,
-one point each: what they end with. What ends far above the best is left out of a panel.
+one point each: what they end with. Arms go by their names, which are those of their methods where
+they don't search. What ends far above the best is left out of a panel.
 """
 
 from __future__ import annotations
@@ -19,20 +20,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from depthsearch.report import wording
-from depthsearch.report.drawing import GREY, canvas, loss_axis
+from depthsearch.report.drawing import GREY, arm_style, canvas, loss_axis
+from depthsearch.run.verdict import ONE_PASS
 
 COLUMNS = 2
 PANEL = (5.2, 3.2)
 TOO_FAR = 2.2
 """Times the lowest loss of a panel: where its axis ends."""
-SEARCHES = {
-    "surrogate": ("#d55e00", "D"),
-    "evolution": ("#aa3377", "P"),
-    "evopress": ("#0072b2", "s"),
-    "greedy": ("#009e73", "^"),
-    "tree search": ("#e69f00", "v"),
-    "optuna tpe": ("#882255", "o"),
-}
 REST = ("o", "s", "D", "P", "X", "v", "*", "h")
 
 Points = Sequence[Mapping[str, float]]
@@ -48,10 +42,12 @@ def main() -> None:
         (f"{model_of(result)}, {budget.replace('_', ' ').replace('=', ' ')}", courses(part))
         for result in (json.loads(path.read_text(encoding="utf-8")) for path in chosen.files)
         for budget, part in result["budgets"].items()
+        if part["arms"]
     ]
     names = list(dict.fromkeys(name for _, found in panels for name in found))
-    rest = [name for name in names if name not in SEARCHES]
-    styles = {name: style for name, style in SEARCHES.items() if name in names}
+    searches = [name for name in names if searched(name)]
+    rest = [name for name in names if not searched(name)]
+    styles = {name: arm_style(searches, name) for name in searches}
     styles |= {name: (GREY, REST[place % len(REST)]) for place, name in enumerate(rest)}
     rows = -(-len(panels) // COLUMNS)
     with canvas(PANEL[0] * COLUMNS, PANEL[1] * rows + 0.6) as figure:
@@ -68,11 +64,16 @@ def model_of(result: Mapping[str, Any]) -> str:
     return str(result["signature"]["model"]["source"]).partition(".")[0]
 
 
+def searched(name: str) -> bool:
+    """Whether the arm of this name searches."""
+    return name.replace(" ", "_") not in ONE_PASS
+
+
 def courses(part: Mapping[str, Any]) -> dict[str, Points]:
     """The curve of each arm that searches; the end of what does not, or was not measured."""
     curves = {course["arm"]: course["points"] for course in part["anytime"] if course["points"]}
     return {
-        row["arm"]: (curves.get(row["arm"]) if row["arm"] in SEARCHES else None)
+        row["arm"]: (curves.get(row["arm"]) if searched(row["arm"]) else None)
         or [{**row, "cost_tokens": row["cost_tokens_mean"]}]
         for row in part["arms"]
     }
@@ -110,7 +111,7 @@ def handles(styles: Mapping[str, tuple[str, str]]) -> list[Line2D]:
             color=color,
             marker=marker,
             markersize=5,
-            linestyle="-" if name in SEARCHES else "",
+            linestyle="-" if searched(name) else "",
             label=name,
         )
         for name, (color, marker) in styles.items()

@@ -90,10 +90,8 @@ def compared(
 
     (reference, *others) = map(rows, courses)
     last = reference[-1]
-    shares = [
-        [row["cost_tokens"] / last["cost_tokens"] for row in found if as_good(row, last)]
-        for found in others
-    ]
+    had = [next((r["cost_tokens"] for r in found if as_good(r, last)), None) for found in others]
+    own = next(row["cost_tokens"] for row in reference if as_good(row, last))
     answers = np.array([losses["held-out"][found[-1][1]] for found in courses[1:]])
     theirs = losses["held-out"][courses[0][-1][1]]
     ahead = paired_difference(theirs[None], answers, np.random.default_rng(0))
@@ -112,9 +110,10 @@ def compared(
                 "run": f"{run.parent.parent.name}/{run.name}",
                 "select_tokens": load_config(run / CONFIG).calibration.select_tokens,
                 "course": found,
-                "share_of_cost_to_match": min(share, default=None),
+                "share_of_cost_to_match": None if cost is None else cost / last["cost_tokens"],
+                "share_of_cost_until_found": None if cost is None else cost / own,
             }
-            for run, found, share in zip(runs, others, shares, strict=True)
+            for run, found, cost in zip(runs, others, had, strict=True)
         ],
         "evopress_minus_runs_heldout_kl": ahead.to_json(),
     }
