@@ -124,7 +124,8 @@ def compare_lines(result: Mapping[str, Any]) -> list[Table | str]:
         if len(parts) > 1 and part["summary"]:
             lines.append(f"{part['verdict']}\n")
     if len(parts) > 1 and len(result["ranks"]) > 1:
-        lines.append(standing_table(result, f"Ranks over {len(parts)} budgets"))
+        ranked = sum(bool(part["summary"]) for part in parts)
+        lines.append(standing_table(result, f"Ranks over {ranked} budgets"))
     return [*lines, str(result["verdict"])]
 
 

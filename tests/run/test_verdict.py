@@ -114,6 +114,18 @@ def test_arms_that_share_the_best_rank_are_all_named() -> None:
     )
 
 
+def test_an_arm_that_failed_at_a_budget_is_named_where_ranks_leave_it_out() -> None:
+    ranks = [
+        {"arm": arm, "rank_mean": mean, "rank_low": 1.0, "rank_high": 2.0, "first_share": 0.5}
+        for arm, mean in (("evo", 1.4), ("win", 1.6))
+    ]
+    rows = [row("evo", 0.4), row("win", 0.5, "windows")]
+    both = [{"budget_text": text, "summary": rows, "pairs": []} for text in ("one", "other")]
+    assert "not ranked" not in overall(both, ranks)
+    both[0]["summary"] = [*rows, row("add", 0.3, "additive")]
+    assert overall(both, ranks).endswith("add is not ranked: with results at some budgets only.")
+
+
 def test_three_names_are_listed_with_commas() -> None:
     rows = [row("a", 0.1), row("b", 0.2), row("c", 0.3), row("d", 0.4)]
     text = verdict(rows, [pair("a", "b", None), pair("c", "a", None), pair("a", "d", None)])

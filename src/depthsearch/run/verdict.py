@@ -210,6 +210,12 @@ def overall(sections: Rows, ranks: Rows) -> str:
     said = [f"{words[kind]} {'; '.join(groups[kind])}." for kind in words if kind in groups]
     if len(ranks) > 1:
         said.append(_first(ranks))
+        ranked = {row["arm"] for row in ranks}
+        arms = dict.fromkeys(str(row["arm"]) for part in sections for row in part["summary"])
+        missing = [arm for arm in arms if arm not in ranked]
+        if missing:
+            verb = "is" if len(missing) == 1 else "are"
+            said.append(f"{_listed(missing)} {verb} not ranked: with results at some budgets only.")
     return " ".join(said)
 
 
