@@ -108,6 +108,14 @@ def test_mistakes_end_with_one_line_and_two(
             (config, "--run", run, "--set", "space.budget.keep_params=0.5"),
             "searched another space or budget",
         ),
+        (
+            (config, "--run", run, "--set", "calibration.heldout_fraction=0.5"),
+            "held out 0.25 and may have searched on the rest",
+        ),
+        (
+            (config, "--run", run, "--set", f"calibration.text={other}"),
+            "searched on another calibration text",
+        ),
         ((config, "--set", "calibration.heldout_tokens=16"), "at least 2 windows of held-out"),
         ((config, "--set", "search.method=guess"), "guess"),
     )

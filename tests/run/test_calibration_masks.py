@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tests.tiny_runs import workplace_config
 
-from depthsearch.errors import NothingFoundError, RunDirectoryError
+from depthsearch.calibration.windows import Splits, make_splits
+from depthsearch.errors import ConfigError, NothingFoundError, RunDirectoryError
 from depthsearch.journal import read_journal
-from depthsearch.run.calibration_masks import mask_set, run_masks
+from depthsearch.run.calibration_masks import check_heldout, mask_set, run_masks
 from depthsearch.run.directory import JOURNAL
 from depthsearch.run.search import search
 from depthsearch.run.session import Session
@@ -52,6 +53,16 @@ def test_a_set_holds_baselines_known_masks_and_offspring_all_on_budget(
     assert sum(p.origin.startswith(("offspring, ", "random")) for p in found) >= 3
     again = mask_set(space, hints, 12, np.random.default_rng(0), known)
     assert again == found
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_smallest_sets_hold_a_known_mask_too(
+    session: Session, hints: Hints, count: int
+) -> None:
+    known = [Proposal(mask, "known") for mask in (session.space.enumerate(1000) or ())[-4:]]
+    found = mask_set(session.space, hints, count, np.random.default_rng(0), known)
+    assert len(found) == count
+    assert [p.origin for p in found].count("known") == 1
 
 
 def test_a_small_space_gives_what_it_has_and_a_single_mask_is_refused(
@@ -97,3 +108,28 @@ def test_a_run_of_another_space_or_model_is_refused(
     (young / JOURNAL).write_text(first)
     with pytest.raises(RunDirectoryError, match="has judged no mask"):
         run_masks(young, session.space, fingerprint)
+
+
+def test_a_run_that_may_have_searched_on_what_is_held_out_is_refused(
+    session: Session, run: Path, tmp_path: Path
+) -> None:
+    ours, fraction = session.documents.fingerprint, session.config.calibration.heldout_fraction
+    check_heldout(run, ours, fraction)
+    check_heldout(run, ours, fraction / 2)
+    with pytest.raises(ConfigError, match=r"heldout_fraction is 0\.5, but .* held out 0\.25 and"):
+        check_heldout(run, ours, 0.5)
+    with pytest.raises(ConfigError, match="searched on another calibration text"):
+        check_heldout(run, "of other documents", fraction)
+    with pytest.raises(RunDirectoryError, match="is not a run directory"):
+        check_heldout(tmp_path, ours, fraction)
+
+
+def test_only_a_larger_share_holds_out_what_a_run_has_searched_on(session: Session) -> None:
+    def splits(fraction: float, heldout_tokens: int) -> Splits:
+        tokens = (16, 3200, 320, heldout_tokens)
+        return make_splits(session.documents, session.loaded.tokenizer, *tokens, fraction, 0)
+
+    run = splits(0.25, 320)
+    searched = {*run.select_texts, *run.finals_texts}
+    assert not searched & set(splits(0.1, 320).heldout_texts)
+    assert searched & set(splits(0.5, 3200).heldout_texts)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import workplace_config, write_text
+from tokenizers.processors import TemplateProcessing
 
 from depthsearch.calibration.text import load_documents
 from depthsearch.calibration.windows import draw_windows
@@ -37,6 +39,33 @@ def test_texts_share_no_window_and_lengths_share_the_text_of_the_first_sample(
     assert len(set(rows)) == len(rows)
     drawn = draw_windows(session.documents, session.loaded.tokenizer, 16, 256, 3, 0.25, 0)
     assert all(a.windows.equal(b) for a, b in zip(texts[:3], drawn, strict=True))
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_windows_of_another_length_hold_nothing_but_the_first_sample(
+    session: Session, workplace: Path, opens: bool
+) -> None:
+    """The first sample is 5 windows of 48 tokens: 240, or 235 behind the opening tokens."""
+    tokenizer = deepcopy(session.loaded.tokenizer)
+    if opens:
+        opening = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.backend_tokenizer.post_processor = opening
+    config = workplace_config(workplace, calibration={"window_tokens": 48})
+    loaded = replace(session.loaded, tokenizer=tokenizer)
+    changed = replace(session, config=config, loaded=loaded, drawn={})
+    options = CheckOptions(draws=2, lengths=(24, 100))
+    texts = check_texts(changed, options, [], session.splits(0).heldout)
+    stream = texts[0].windows[:, int(opens) :].flatten().tolist()
+    for text, length in zip(texts[2:4], (24, 100), strict=True):
+        assert text.windows.shape == (len(stream) // (length - opens), length)
+        assert (
+            text.windows[:, int(opens) :].flatten().tolist()
+            == stream[: len(text.windows) * (length - opens)]
+        )
+        assert not opens or text.windows[:, 0].tolist() == [1] * len(text.windows)
+    least = 2 + opens
+    with pytest.raises(InputError, match=f"{least} to {len(stream) // 2 + opens} tokens"):
+        check_texts(changed, CheckOptions(lengths=(least - 1,)), [], texts[-1].windows)
 
 
 def test_lengths_and_sizes_that_nobody_asked_for_are_those_there_is_room_for(

@@ -53,6 +53,8 @@ def test_a_clear_order_is_stable_and_nothing_is_warned_of() -> None:
     assert all(row["kendall"]["mean"] == 1 for row in found["samples"])
     assert found["agreement"]["draw"] == {"kendall": 1, "spearman": pytest.approx(1)}
     assert (found["recommended_tokens"], found["settled_tokens"]) == (64, 64)
+    assert found["possible_tokens"] == 64
+    assert all(row["above_lowest"]["mean"] == 0 for row in found["sizes"])
     said = verdict(found)
     assert "The winner is stable: all 4 samples of 256 tokens name mask 1" in said
     assert "calibration.select_tokens: 64 is enough" in said
@@ -82,11 +84,14 @@ def test_equal_masks_change_places_and_it_is_said_that_this_hardly_matters() -> 
     assert "Held-out text itself is not sure of the best mask" in said
 
 
-def test_no_regret_is_shown_where_all_masks_are_equal() -> None:
-    shown = 0
+def test_no_regret_and_no_difference_is_shown_where_all_masks_are_equal() -> None:
+    regrets = differences = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        samples = [Sample("sample 1", "draw", WINDOW, losses(rng, [1.0] * 24, 16, 0.3))]
+        samples = [
+            Sample(name, kind, WINDOW, losses(rng, [1.0] * 24, 16, 0.3))
+            for name, kind in (("sample 1", "draw"), ("songs.txt", "other"))
+        ]
         found = stability(
             samples,
             losses(rng, [1.0] * 24, 64, 0.3),
@@ -95,8 +100,11 @@ def test_no_regret_is_shown_where_all_masks_are_equal() -> None:
             select_tokens=256,
             rng=np.random.default_rng(0),
         )
-        shown += found["samples"][0]["regret"]["low"] > 0
-    assert shown <= 4
+        draw, other = found["samples"]
+        regrets += draw["regret"]["low"] > 0
+        differences += other["first_winner_excess"]["low"] > 0
+    assert regrets <= 4
+    assert differences <= 4
 
 
 def test_another_kind_of_text_or_length_with_another_winner_is_named_with_the_difference() -> None:
@@ -112,6 +120,24 @@ def test_another_kind_of_text_or_length_with_another_winner_is_named_with_the_di
     assert (pair["a"], pair["b"], pair["kendall"]["mean"]) == ("sample 1", "songs.txt", -1)
     (only,) = warnings(check(0.1, CLEAR, other=CLEAR, length=[1.5, 1.0, 2.0, 2.5]))
     assert "windows of another length (windows of 32): mask 2 instead of mask 1" in only
+
+
+def test_the_rival_on_another_text_is_measured_where_it_was_not_chosen() -> None:
+    """Mask 2 is ahead by 4 on one half of that text, which names it, and behind by 2 on the other.
+
+    So the rival of mask 1 is itself on the first half and mask 2 on the second: -1 in the mean.
+    """
+    heldout = np.array([[0.0] * 4, [1.0] * 4])
+    there = np.array([[0.0] * 4, [-4.0, -4.0, 2.0, 2.0]])
+    samples = [Sample("sample 1", "draw", WINDOW, heldout), Sample("songs", "other", WINDOW, there)]
+    found = stability(
+        samples, heldout, [64], folds=0, select_tokens=64, rng=np.random.default_rng(0)
+    )
+    draw, other = found["samples"]
+    assert other["winner"] == 1
+    assert other["first_winner_excess"]["mean"] == pytest.approx(-1)
+    assert draw["first_winner_excess"]["mean"] == 0
+    assert warnings(found)[0].endswith("no difference that is shown.")
 
 
 def test_a_fold_leaves_its_part_out_and_one_outlier_is_found() -> None:
@@ -163,6 +189,24 @@ def test_too_little_text_is_told_by_the_size_that_would_do() -> None:
     assert any("calibration.select_tokens is 128, less than the" in w for w in warnings(found))
     if found["recommended_is_largest"]:
         assert "Select on 2,048 tokens or more" in verdict(found)
+
+
+def test_too_little_held_out_text_leaves_the_size_undecided() -> None:
+    rng = np.random.default_rng(4)
+    samples = [
+        Sample(f"sample {n}", "draw", WINDOW, losses(rng, CLEAR, 16, 2.0)) for n in range(1, 5)
+    ]
+    found = stability(
+        samples,
+        losses(rng, CLEAR, 4, 2.0),
+        (64, 256, 1024),
+        folds=0,
+        select_tokens=256,
+        rng=np.random.default_rng(0),
+    )
+    assert found["possible_tokens"] < found["recommended_tokens"] == 1024
+    assert "How much text is enough is not decided" in verdict(found)
+    assert not any("raise it" in text for text in warnings(found))
 
 
 def test_masks_that_tie_have_no_correlation_and_still_words() -> None:

@@ -9,6 +9,9 @@ def span(mean: float, low: float, high: float) -> dict[str, float]:
     return {"mean": mean, "low": low, "high": high}
 
 
+NONE = span(0, 0, 0)
+
+
 def sample(name: str, kind: str, winner: int, regret: dict[str, float]) -> dict[str, Any]:
     return {
         "name": name,
@@ -23,33 +26,40 @@ def sample(name: str, kind: str, winner: int, regret: dict[str, float]) -> dict[
     }
 
 
-def size(tokens: int, share: float, regret: float) -> dict[str, Any]:
+def size(tokens: int, share: float, above: dict[str, float]) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "favourite": 0,
         "favourite_share": share,
         "best_share": share,
         "shares": [share, 1 - share],
-        "regret": regret,
+        "regret": 0.02,
         "regret_stderr": 0.01,
+        "above_lowest": above,
     }
 
 
-def check(*samples: dict[str, Any], share: float = 0.95, enough: int = 1024) -> dict[str, Any]:
+def check(
+    *samples: dict[str, Any], share: float = 0.95, enough: int = 1024, possible: int | None = None
+) -> dict[str, Any]:
     return {
         "select_tokens": 1024,
         "best": 0,
         "heldout": {"wins": [0.96, 0.04]},
         "samples": list(samples),
         "agreement": {"draw": {"kendall": 0.625}},
-        "sizes": [size(1024, share, 0.02), size(4096, 0.99, 0.001)],
+        "sizes": [
+            size(1024, share, span(0.03, 0.01, 0.05)),
+            size(2048, share, span(0.003, -0.001, 0.007)),
+            size(4096, 0.99, NONE),
+        ],
         "configured": 0,
+        "possible_tokens": possible or enough,
         "recommended_tokens": enough,
         "recommended_is_largest": enough == 4096,
     }
 
 
-NONE = span(0, 0, 0)
 FIRST = sample("sample 1", "draw", 0, NONE)
 
 
@@ -60,8 +70,8 @@ def test_agreeing_samples_are_called_stable_with_the_gap_and_the_size() -> None:
         "The winner is stable: all 2 samples of 1,024 tokens name mask 1. Kendall's tau is 0.62 "
         "between samples and 0.50 to 0.50 with held-out text. From its sample to held-out text the "
         "loss of a winner changes by +0.2500 nats on average, that of all masks by +0.1250. "
-        "calibration.select_tokens: 1024 is enough for these masks: from there on the regret "
-        "expected of a winner (0.0200 ± 0.0100) is within one standard error of the lowest."
+        "calibration.select_tokens: 1024 is enough for these masks: from there on a winner is "
+        "expected to lose 0.0500 nats of held-out loss at most to one of the best size (95 %)."
     )
 
 
@@ -81,8 +91,8 @@ def test_samples_that_agree_against_held_out_text_are_told() -> None:
     away = span(0.2, 0.1, 0.3)
     (text,) = warnings(check(*(sample(f"sample {n}", "draw", 1, away) for n in (1, 2))))
     assert text == (
-        "All 2 samples name mask 2, but held-out text prefers mask 1 by 0.2000 nats "
-        "[0.1000, 0.3000]."
+        "All 2 samples name mask 2, which on one half of held-out text is behind the best mask of "
+        "the other half by 0.2000 nats [0.1000, 0.3000]."
     )
 
 
@@ -112,10 +122,10 @@ def test_another_length_counts_as_a_difference_only_where_one_is_shown() -> None
     hidden = sample("songs.txt", "other", 1, span(0.2, -0.1, 0.3))
     first, second = warnings(check(FIRST, shown, hidden))
     assert first.endswith(
-        "(windows of 128): mask 2 instead of mask 1, which is worse by 0.2000 nats "
-        "[0.1000, 0.3000] there."
+        "(windows of 128): mask 2 instead of mask 1, which on one half of that text is behind the "
+        "best mask of the other half by 0.2000 nats [0.1000, 0.3000]."
     )
-    assert second.endswith("there, no difference that is shown.")
+    assert second.endswith("[-0.1000, 0.3000], no difference that is shown.")
 
 
 def test_a_size_that_is_not_enough_is_told() -> None:
@@ -123,4 +133,27 @@ def test_a_size_that_is_not_enough_is_told() -> None:
     assert warnings(found) == [
         "calibration.select_tokens is 1024, less than the 4096 that would do: raise it."
     ]
-    assert recommendation(found).startswith("Select on 4,096 tokens or more")
+    assert recommendation(found) == (
+        "Select on 4,096 tokens or more: winners on 2,048 are still shown to be worse, by 0.0030 "
+        "nats [-0.0010, 0.0070] of held-out loss."
+    )
+
+
+def test_what_held_out_text_can_not_tell_is_called_undecided() -> None:
+    found = check(FIRST, enough=4096, possible=1024)
+    assert warnings(found) == []
+    assert recommendation(found) == (
+        "How much text is enough is not decided: from 1,024 tokens on no size is shown to be worse "
+        "than the best, but one may lose 0.0500 nats of held-out loss to it. Select on 4,096 "
+        "tokens, or raise calibration.heldout_tokens to tell."
+    )
+    found = check(FIRST, enough=2048, possible=1024)
+    assert recommendation(found) == (
+        "calibration.select_tokens: 2048 is enough for these masks: from there on a winner is "
+        "expected to lose 0.0070 nats of held-out loss at most to one of the best size (95 %). "
+        "Whether 1,024 tokens would do is not decided."
+    )
+    found = {**found, "sizes": found["sizes"][:1], "recommended_tokens": 1024}
+    assert recommendation(found) == (
+        "How much text is enough can't be told from one size, of 1,024 tokens."
+    )

@@ -24,7 +24,7 @@ from depthsearch.errors import NothingFoundError, RunDirectoryError
 from depthsearch.evaluation import Backend
 from depthsearch.journal import Journal
 from depthsearch.model.anatomy import require_decoder_only
-from depthsearch.run.calibration_masks import check_masks, mask_set, run_masks
+from depthsearch.run.calibration_masks import check_heldout, check_masks, mask_set, run_masks
 from depthsearch.run.calibration_texts import CheckOptions, Text, check_sizes, check_texts
 from depthsearch.run.directory import (
     CALIBRATION,
@@ -60,12 +60,12 @@ def check_calibration(
 ) -> dict[str, Any]:
     """Judge masks on several samples of calibration text, and tell how stable their order is.
 
-    `run` is a run directory of the same model and space, whose best masks are taken in; `others`
-    are texts of other kinds, each with its column. Masks are judged as cut, by the configured
-    objective, on all positions of held-out text. An `out` that holds the same check, unfinished, is
-    continued. Returns what calibration.json, written last, holds. Raises InputError before anything
-    is created where something asked for is wrong, RunDirectoryError where `out` holds anything
-    else, NothingFoundError where fewer than two masks can be judged.
+    `run` is a run directory of the same model, space and text, whose best masks are taken in;
+    `others` are texts of other kinds, each with its column. Masks are judged as cut, by the
+    configured objective, on all positions of held-out text. An `out` that holds the same check,
+    unfinished, is continued. Returns what calibration.json, written last, holds. Raises InputError
+    before anything is created where something asked for is wrong, RunDirectoryError where `out`
+    holds anything else, NothingFoundError where fewer than two masks can be judged.
     """
     _check_out(config, out)
     refuse_task(config, "a calibration check")
@@ -95,6 +95,8 @@ class _Check:
         sizes = check_sizes(config.calibration, self.options)
         known: tuple[Proposal, ...] = ()
         if self.known_run is not None:
+            held = config.calibration.heldout_fraction
+            check_heldout(self.known_run, session.documents.fingerprint, held)
             known = run_masks(self.known_run, session.space, session.loaded.fingerprint)
             known = known[: self.options.masks]
         start = {

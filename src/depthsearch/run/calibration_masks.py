@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from depthsearch.errors import NothingFoundError, RunDirectoryError
+from depthsearch.errors import ConfigError, NothingFoundError, RunDirectoryError
 from depthsearch.journal import Record, read_journal
 from depthsearch.run.directory import JOURNAL, understood
 from depthsearch.searchers.baselines import influence_baselines, window_baselines
@@ -31,7 +31,7 @@ def mask_set(
 
     Baselines take half of the places: the influence rankings, then windows by their angle, since
     windows far worse than the rest would make any two texts look as if they agreed. `known`, best
-    first, take a quarter, or what baselines leave free; moves on both fill the rest.
+    first, take a quarter, one at least, or what baselines leave free; moves on both fill the rest.
     Raises NothingFoundError where the space has a single mask on budget.
     """
     found: dict[Mask, Proposal] = {}
@@ -46,7 +46,7 @@ def mask_set(
     take(influence, count // 2)
     take(window_baselines(space, hints), count // 2 - len(found))
     parents = [proposal.mask for proposal in (*known, *found.values())]
-    take(known, max(count // 4, count // 2 - len(found)))
+    take(known, max(1, count // 4, count // 2 - len(found)))
     fresh = FreshMasks(space, rng)
     for mask in found:
         fresh.add(mask)
@@ -79,18 +79,52 @@ def run_masks(run: Path, space: SearchSpace, fingerprint: str) -> tuple[Proposal
     `fingerprint` is that of the model. Raises RunDirectoryError for a run of another model or
     space, or one that has judged no mask yet.
     """
+    with understood(run / JOURNAL):
+        return _run_masks(run, _records(run), space, fingerprint)
+
+
+def check_heldout(run: Path, documents: str, heldout_fraction: float) -> None:
+    """Refuse a run that may have searched on what a check holds out.
+
+    `documents` is the fingerprint of the check's calibration text, of which it holds out the share
+    `heldout_fraction`. A smaller share than the run's is a part of what the run held out. Raises
+    ConfigError, and RunDirectoryError where there is no run.
+    """
+    with understood(run / JOURNAL):
+        start = _start(_records(run))
+        if start is None:
+            return
+        theirs = start["signature"]["data"]["documents"]
+        fraction = float(start["config"]["calibration"]["heldout_fraction"])
+    if theirs != documents:
+        raise ConfigError(
+            f"{run} searched on another calibration text, which may hold what is held out here: "
+            "give the text of the run as calibration.text, or leave --run out"
+        )
+    if heldout_fraction > fraction:
+        raise ConfigError(
+            f"calibration.heldout_fraction is {heldout_fraction:g}, but {run} held out "
+            f"{fraction:g} and may have searched on the rest: set {fraction:g} or less, or leave "
+            "--run out"
+        )
+
+
+def _records(run: Path) -> list[Record]:
     if not (run / JOURNAL).is_file():
         raise RunDirectoryError(
             f"{run} is not a run directory: it has no {JOURNAL}; give one of `depthsearch search`"
         )
-    with understood(run / JOURNAL):
-        return _run_masks(run, read_journal(run / JOURNAL), space, fingerprint)
+    return read_journal(run / JOURNAL)
+
+
+def _start(records: Sequence[Record]) -> Record | None:
+    return next((record for record in records if record["op"] == "start"), None)
 
 
 def _run_masks(
     run: Path, records: Sequence[Record], space: SearchSpace, fingerprint: str
 ) -> tuple[Proposal, ...]:
-    start = next((record for record in records if record["op"] == "start"), None)
+    start = _start(records)
     if start is not None:
         if start["signature"]["model"]["fingerprint"] != fingerprint:
             raise RunDirectoryError(

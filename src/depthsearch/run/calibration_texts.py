@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from depthsearch.calibration.text import Documents
-from depthsearch.calibration.windows import draw_windows, text_windows
+from depthsearch.calibration.windows import draw_windows, opening_tokens, text_windows
 from depthsearch.config import CalibrationConfig
 from depthsearch.errors import ConfigError, InputError
 from depthsearch.model.anatomy import context_window
@@ -95,9 +96,10 @@ def check_texts(
     None of the draws shares a document with another one, with held-out text or with the others.
     Raises InputError for what the model or the texts don't hold.
     """
+    draws = _draws(session, options, finals_tokens)
     texts = (
-        *_draws(session, options, finals_tokens),
-        *_lengths(session, options),
+        *draws,
+        *_lengths(session, options, draws[0].windows),
         *_others(session, others),
         Text("held-out", None, heldout),
     )
@@ -161,46 +163,52 @@ def other_texts(texts: Sequence[str], columns: Sequence[str]) -> list[tuple[str,
     ]
 
 
-def _draws(session: Session, options: CheckOptions, finals_tokens: int) -> Iterator[Text]:
-    window = session.config.calibration.window_tokens
-    drawn = _drawn(session, window, options.draws, finals_tokens)
-    for place, windows in enumerate(drawn, start=1):
-        yield Text(f"sample {place}", "draw", windows)
-
-
-def _drawn(
-    session: Session, window_tokens: int, draws: int, finals_tokens: int = 0
-) -> tuple[Tensor, ...]:
+def _draws(session: Session, options: CheckOptions, finals_tokens: int) -> tuple[Text, ...]:
     calibration = session.config.calibration
-    return draw_windows(
+    drawn = draw_windows(
         session.documents,
         session.loaded.tokenizer,
-        window_tokens,
+        calibration.window_tokens,
         calibration.select_tokens,
-        draws,
+        options.draws,
         calibration.heldout_fraction,
         session.config.search.seed,
         finals_tokens,
     )
+    return tuple(
+        Text(f"sample {place}", "draw", windows) for place, windows in enumerate(drawn, start=1)
+    )
 
 
-def _lengths(session: Session, options: CheckOptions) -> Iterator[Text]:
-    """The text of the first draw in windows of other lengths."""
+def _lengths(session: Session, options: CheckOptions, first: Tensor) -> Iterator[Text]:
+    """The text of the first draw `[n, window]` in windows of other lengths."""
     calibration, asked = session.config.calibration, options.lengths
+    opening = opening_tokens(session.loaded.tokenizer)
+    stream = first[:, len(opening) :].flatten()
+    fewest = 2 if asked is not None else _FEWEST_WINDOWS
+    least, longest = len(opening) + 2, len(opening) + len(stream) // fewest
     room = context_window(session.loaded.model)
-    longest = calibration.select_tokens // (2 if asked is not None else _FEWEST_WINDOWS)
     if room is not None:
         longest = min(longest, room)
     for length in asked or ():
-        if not 2 <= length <= longest:
+        if not least <= length <= longest:
             raise InputError(
-                f"--lengths holds {length}: windows may have 2 to {longest} tokens, as the model "
-                f"takes them and calibration.select_tokens = {calibration.select_tokens} holds two"
+                f"--lengths holds {length}: windows may have {least} to {longest} tokens, as the "
+                f"model takes them and calibration.select_tokens = {calibration.select_tokens} "
+                "holds two"
             )
     usual = [length for length in LENGTHS if length <= longest]
     for length in sorted(set(usual if asked is None else asked) - {calibration.window_tokens}):
-        (windows,) = _drawn(session, length, 1)
+        windows = _cut(stream, opening, length)
         yield Text(f"windows of {length:,}", "length", windows)
+
+
+def _cut(stream: Tensor, opening: Sequence[int], length: int) -> Tensor:
+    """As many windows `[n, length]` as a stream of tokens holds, each begun by `opening`."""
+    body = length - len(opening)
+    count = len(stream) // body
+    begun = torch.tensor(opening, dtype=stream.dtype).expand(count, len(opening))
+    return torch.cat([begun, stream[: count * body].reshape(count, body)], dim=1)
 
 
 def _others(session: Session, others: Sequence[Documents]) -> Iterator[Text]:

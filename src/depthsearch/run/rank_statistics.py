@@ -13,12 +13,16 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from depthsearch.evaluation.student import critical_value
 from depthsearch.run.statistics import Interval
 
 Table = npt.NDArray[np.float64]
 
 SETTLED = 0.9
 """The share of draws that one mask must win for the winner to count as settled."""
+
+NEGLIGIBLE = 0.1
+"""A size of text is enough where it loses at most this share of what the median mask loses."""
 
 
 def correlations(a: npt.ArrayLike, b: npt.ArrayLike) -> tuple[float, float] | None:
@@ -89,12 +93,26 @@ def winner(losses: npt.ArrayLike) -> int:
     return int(np.argmin(np.asarray(losses)))
 
 
+def rival(losses: Table) -> Table:
+    """The losses `[windows]` of the best mask, told on the other half of the windows each time.
+
+    On the windows that it was chosen on, the best of several equal masks is ahead by luck.
+    """
+    halves = np.array_split(np.arange(losses.shape[1]), 2)
+    if not len(halves[1]):
+        halves = halves[:1] * 2
+    found = np.empty(losses.shape[1])
+    for there, here in (halves, halves[::-1]):
+        found[here] = losses[winner(losses[:, there].mean(axis=1)), here]
+    return found
+
+
 @dataclass(frozen=True)
 class SizeFigures:
     """What choosing the winner on texts of one size comes to.
 
     `shares` `[masks]` says how often each mask wins; `excess` `[masks, windows]` is the held-out
-    loss of each above that of the mask with the lowest held-out mean.
+    loss of each above that of their `rival`.
     """
 
     windows: int
@@ -109,7 +127,7 @@ class SizeFigures:
 
     @cached_property
     def regret(self) -> float:
-        """The expected held-out loss of the winner above that of the best mask."""
+        """The expected held-out loss of the winner above that of the rival."""
         return float(self.shares @ self.excess.mean(axis=1))
 
     @cached_property
@@ -136,23 +154,59 @@ def size_figures(
     truth = heldout.mean(axis=1)
     taus = [found[0] for row in means if (found := correlations(row, truth)) is not None]
     return SizeFigures(
-        windows, shares, heldout - heldout[winner(truth)], float(np.mean(taus)) if taus else None
+        windows, shares, heldout - rival(heldout), float(np.mean(taus)) if taus else None
     )
 
 
-def smallest_sufficient(sizes: Sequence[SizeFigures]) -> int:
-    """The place of the smallest size that loses next to nothing, by a one-standard-error rule.
+def above_lowest(sizes: Sequence[SizeFigures], level: float = 0.95) -> tuple[Interval, ...]:
+    """How far the regret of each size is above the lowest one, by Student's t.
 
-    The regrets of it and of every larger size are within one standard error of the lowest one (as
-    Breiman et al. 1984, "Classification and Regression Trees", choose the size of a tree). `sizes`
-    ascend.
+    Sizes are paired by held-out window: what a window does to all masks alike is no error of a
+    difference.
     """
-    lowest = min(size.regret for size in sizes)
-    place = len(sizes) - 1
-    while place > 0:
-        size = sizes[place - 1]
-        if size.regret - lowest > size.regret_stderr:
-            break
+    best = min(sizes, key=lambda size: size.regret)
+    return tuple(_paired(size.shares - best.shares, best.excess, level) for size in sizes)
+
+
+def _paired(weights: Table, excess: Table, level: float) -> Interval:
+    """The mean over windows of `weights` `[masks]` times `excess` `[masks, windows]`."""
+    by_window = weights @ excess
+    mean, windows = float(by_window.mean()), len(by_window)
+    if not weights.any():
+        return Interval(0.0, 0.0, 0.0)
+    spread = float(by_window.std(ddof=1)) / float(np.sqrt(windows))
+    half = critical_value((1 - level) / 2, windows - 1) * spread
+    return Interval(mean, mean - half, mean + half)
+
+
+def smallest_sufficient(sizes: Sequence[SizeFigures]) -> int:
+    """The place of the smallest size from which on all are shown to lose next to nothing.
+
+    What is negligible goes by the masks, not by the error: little held-out text must not make any
+    size do. The largest size counts as enough. `sizes` ascend.
+    """
+    limit = _negligible(sizes)
+    return _from_on([above.high <= limit for above in above_lowest(sizes)])
+
+
+def smallest_possible(sizes: Sequence[SizeFigures]) -> int:
+    """The place of the smallest size from which on none is shown to lose more than nothing.
+
+    At most that of `smallest_sufficient`: in between held-out text can't tell.
+    """
+    limit = _negligible(sizes)
+    return _from_on([above.low <= 0 or above.high <= limit for above in above_lowest(sizes)])
+
+
+def _negligible(sizes: Sequence[SizeFigures]) -> float:
+    """The loss that more text need not save, from how far the masks lie apart."""
+    return max(0.0, NEGLIGIBLE * float(np.median(sizes[-1].excess.mean(axis=1))))
+
+
+def _from_on(holds: Sequence[bool]) -> int:
+    """The first place from which on all hold, the last one of them taken to."""
+    place = len(holds) - 1
+    while place and holds[place - 1]:
         place -= 1
     return place
 

@@ -16,9 +16,12 @@ from depthsearch.run.rank_statistics import (
     Agreement,
     SizeFigures,
     Table,
+    above_lowest,
     agreement,
+    rival,
     settled,
     size_figures,
+    smallest_possible,
     smallest_sufficient,
     winner,
 )
@@ -69,7 +72,7 @@ def stability(
     best = winner(heldout.mean(axis=1))
     counts = sorted({size // first.window_tokens for size in sizes})
     curve = [size_figures(pool, heldout, count, rng) for count in counts]
-    enough, fixed = smallest_sufficient(curve), settled(curve)
+    enough, possible, fixed = smallest_sufficient(curve), smallest_possible(curve), settled(curve)
     pairs = list(_pairs(every, rng))
     asked = select_tokens // first.window_tokens
     return {
@@ -82,9 +85,13 @@ def stability(
             kind: _mean_pair([pair for pair in pairs if pair["kind"] == kind])
             for kind in dict.fromkeys(pair["kind"] for pair in pairs)
         },
-        "sizes": [_size(size, first.window_tokens, best) for size in curve],
+        "sizes": [
+            _size(size, above, first.window_tokens, best)
+            for size, above in zip(curve, above_lowest(curve), strict=True)
+        ],
         "configured": next((i for i, n in enumerate(counts) if n == asked), None),
         "settled_tokens": None if fixed is None else counts[fixed] * first.window_tokens,
+        "possible_tokens": counts[possible] * first.window_tokens,
         "recommended_tokens": counts[enough] * first.window_tokens,
         "recommended_is_largest": enough == len(counts) - 1,
     }
@@ -127,31 +134,21 @@ def _sample(
         "gap": float(held[chosen] - losses[chosen]),
         "mean_gap": float((held - losses).mean()),
         "regret": _regret(heldout, chosen, rng),
-        "first_winner_excess": _difference(sample.losses, ours, chosen, rng),
+        "first_winner_excess": _excess(sample.losses, ours, chosen, rng),
         **_correlations(agreement(sample.losses, heldout, rng)),
     }
 
 
-def _regret(heldout: Table, chosen: int, rng: np.random.Generator) -> dict[str, Any]:
-    """The held-out loss of `chosen` above that of the best mask, paired by window.
-
-    Which mask is best is told on one half of the windows and measured on the other, both ways:
-    on the windows that it was chosen on, the best of several equal masks is ahead by luck.
-    """
-    halves = np.array_split(np.arange(heldout.shape[1]), 2)
-    if not len(halves[1]):
-        halves = halves[:1] * 2
-    rival = np.empty(heldout.shape[1])
-    for there, here in (halves, halves[::-1]):
-        rival[here] = heldout[winner(heldout[:, there].mean(axis=1)), here]
-    return paired_difference(heldout[chosen : chosen + 1], rival[np.newaxis], rng).to_json()
+def _regret(losses: Table, chosen: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The loss of `chosen` above that of its `rival` on one text, paired by window."""
+    return paired_difference(losses[chosen : chosen + 1], rival(losses)[np.newaxis], rng).to_json()
 
 
-def _difference(table: Table, a: int, b: int, rng: np.random.Generator) -> dict[str, Any]:
-    """The loss of mask `a` above that of mask `b` on one text, paired by window."""
-    if a == b:
+def _excess(losses: Table, first: int, chosen: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The regret of the winner `first` of the first draw on a text that names `chosen`."""
+    if first == chosen:
         return Interval(0.0, 0.0, 0.0).to_json()
-    return paired_difference(table[a : a + 1], table[b : b + 1], rng).to_json()
+    return _regret(losses, first, rng)
 
 
 def _pairs(every: Sequence[Sample], rng: np.random.Generator) -> Iterator[dict[str, Any]]:
@@ -179,7 +176,7 @@ def _mean_pair(pairs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def _size(size: SizeFigures, window_tokens: int, best: int) -> dict[str, Any]:
+def _size(size: SizeFigures, above: Interval, window_tokens: int, best: int) -> dict[str, Any]:
     return {
         "tokens": size.windows * window_tokens,
         "windows": size.windows,
@@ -189,5 +186,6 @@ def _size(size: SizeFigures, window_tokens: int, best: int) -> dict[str, Any]:
         "shares": size.shares.tolist(),
         "regret": size.regret,
         "regret_stderr": size.regret_stderr,
+        "above_lowest": above.to_json(),
         "kendall": size.kendall,
     }

@@ -59,19 +59,35 @@ def verdict(found: Found) -> str:
 
 
 def recommendation(found: Found) -> str:
-    """The size of text to select on, and how it was chosen."""
-    tokens = found["recommended_tokens"]
-    row = next(size for size in found["sizes"] if size["tokens"] == tokens)
-    if found["recommended_is_largest"] and len(found["sizes"]) > 1:
+    """The size of text to select on and what is known of it, or that this is not decided."""
+    tokens, possible, sizes = found["recommended_tokens"], found["possible_tokens"], found["sizes"]
+    if len(sizes) == 1:
+        return f"How much text is enough can't be told from one size, of {tokens:,} tokens."
+    if not found["recommended_is_largest"]:
+        said = (
+            f"calibration.select_tokens: {tokens} is enough for these masks: from there on a "
+            f"winner is expected to lose {_most(sizes, tokens):.4f} nats of held-out loss at most "
+            "to one of the best size (95 %)."
+        )
+        return said + (
+            f" Whether {possible:,} tokens would do is not decided." if possible < tokens else ""
+        )
+    if possible < tokens:
         return (
-            f"Select on {tokens:,} tokens or more: the expected held-out loss of the winner still "
-            "falls up to the largest size tried."
+            f"How much text is enough is not decided: from {possible:,} tokens on no size is shown "
+            f"to be worse than the best, but one may lose {_most(sizes, possible):.4f} nats of "
+            f"held-out loss to it. Select on {tokens:,} tokens, or raise "
+            "calibration.heldout_tokens to tell."
         )
     return (
-        f"calibration.select_tokens: {tokens} is enough for these masks: from there on the regret "
-        f"expected of a winner ({row['regret']:.4f} ± {row['regret_stderr']:.4f}) is within one "
-        "standard error of the lowest."
+        f"Select on {tokens:,} tokens or more: winners on {sizes[-2]['tokens']:,} are still shown "
+        f"to be worse, by {_nats(sizes[-2]['above_lowest'])} of held-out loss."
     )
+
+
+def _most(sizes: Sequence[Found], tokens: int) -> float:
+    """What winners on texts of so many `tokens` or more may lose to those of the best size."""
+    return max(float(row["above_lowest"]["high"]) for row in sizes if row["tokens"] >= tokens)
 
 
 def _draws(found: Found) -> Iterator[str]:
@@ -82,11 +98,9 @@ def _draws(found: Found) -> Iterator[str]:
             f"The winner changes with the sample of text: {_winners_text(draws)}. {_harm(draws)}"
         )
     elif first["regret"]["low"] > 0:
-        regret = first["regret"]
         yield (
-            f"All {len(draws)} samples name {label(first['winner'])}, but held-out text prefers "
-            f"{label(found['best'])} by {regret['mean']:.4f} nats [{regret['low']:.4f}, "
-            f"{regret['high']:.4f}]."
+            f"All {len(draws)} samples name {label(first['winner'])}, which "
+            f"{_behind(first['regret'], 'held-out text')}."
         )
 
 
@@ -94,7 +108,7 @@ def _harm(rows: Sequence[Found]) -> str:
     """What trusting one of some samples costs on held-out text."""
     worst = max(rows, key=lambda row: float(row["regret"]["mean"]))
     regret = worst["regret"]
-    text = f"{regret['mean']:.4f} nats [{regret['low']:.4f}, {regret['high']:.4f}]"
+    text = _nats(regret)
     mean = _mean([row["regret"]["mean"] for row in rows])
     if regret["low"] > 0:
         return (
@@ -124,12 +138,9 @@ def _others(found: Found, kind: str, what: str) -> Iterator[str]:
         if row["winner"] == first["winner"]:
             continue
         excess = row["first_winner_excess"]
-        shown = (
-            f"worse by {excess['mean']:.4f} nats [{excess['low']:.4f}, {excess['high']:.4f}] there"
-        )
         said = (
             f"The winner changes on {what} ({row['name']}): {label(row['winner'])} instead of "
-            f"{label(first['winner'])}, which is {shown}"
+            f"{label(first['winner'])}, which {_behind(excess, 'that text')}"
         )
         yield said + ("." if excess["low"] > 0 else ", no difference that is shown.")
 
@@ -143,7 +154,7 @@ def _size(found: Found) -> Iterator[str]:
             f"the best mask on held-out text. Trusting one costs {row['regret']:.4f} ± "
             f"{row['regret_stderr']:.4f} nats of held-out loss on average."
         )
-    if tokens < found["recommended_tokens"]:
+    if tokens < found["possible_tokens"]:
         yield (
             f"calibration.select_tokens is {tokens}, less than the {found['recommended_tokens']} "
             "that would do: raise it."
@@ -178,6 +189,16 @@ def _winners_text(rows: Sequence[Found]) -> str:
     return (
         f"{len(rows)} samples of {rows[0]['tokens']:,} tokens name {len(counts)} winners ({each})"
     )
+
+
+def _behind(regret: Mapping[str, float], text: str) -> str:
+    """How far a mask is behind its rival, which is told on the other half of a text."""
+    return f"on one half of {text} is behind the best mask of the other half by {_nats(regret)}"
+
+
+def _nats(value: Mapping[str, float]) -> str:
+    """A loss with the ends of its interval."""
+    return f"{value['mean']:.4f} nats [{value['low']:.4f}, {value['high']:.4f}]"
 
 
 def _percent(share: float) -> str:
