@@ -67,6 +67,15 @@ def toy(
     )
 
 
+def two_stacks(drop: int, blocks: int = 6, packable: bool = False) -> SearchSpace:
+    """An encoder and a decoder of attention and FFN, any `drop` sites of which go."""
+    encoder = tuple(replace(site, stack="encoder") for site in sites(blocks))
+    decoder = tuple(replace(site, index=site.index + 2 * blocks) for site in sites(blocks))
+    table = CostTable({"params": SiteCosts(10, (1, 3) * 2 * blocks)})
+    budget = Budget("sites", drop=drop)
+    return SearchSpace((*encoder, *decoder), table, budget, packable=packable)
+
+
 SPACES: dict[str, SearchSpace] = {
     "sublayer": toy(6),
     "packable": toy(7, packable=True),

@@ -75,6 +75,16 @@ def test_a_step_in_which_all_fail_ends_the_search() -> None:
     assert asked(3, dict.fromkeys(SINGLES, Status.FAILED)) == [[()], SINGLES]
 
 
+@pytest.mark.parametrize("expand", [0, 16])
+def test_masks_that_meet_the_budget_do_not_race_with_larger_ones(expand: int) -> None:
+    options = {"width": 2, "rule": "plain", "expand": expand}
+    searcher = build_searcher("beam", HALF, flat(4), np.random.default_rng(0), options)
+    batches = [batch for batch, _ in drive(searcher, additive)][bool(expand) :]
+    assert batches[0].survivors == 2
+    assert {p.final for p in batches[1].proposals} == {False, True}
+    assert batches[1].survivors is None
+
+
 def test_only_the_most_promising_children_are_evaluated() -> None:
     # The best two sites are 3 and 5, where a single mask starts with 1.
     space = toy(3, Budget("sites", drop=2))

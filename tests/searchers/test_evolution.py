@@ -125,6 +125,22 @@ def test_the_better_half_of_a_screened_generation_goes_on(method: str) -> None:
         assert batch.stages == (Stage(0.5, 6),)
 
 
+@pytest.mark.parametrize("offspring", [1, 3, 4])
+def test_half_of_the_offspring_are_exchanges_however_small_the_generation(offspring: int) -> None:
+    space, landscape = toy(30), Landscape(60)
+    options: dict[str, object] = {"offspring": offspring, "sweep": False}
+    searcher = build_searcher(
+        "evolution", space, landscape.hints(), np.random.default_rng(0), options
+    )
+    start = len(searcher.ask().proposals)
+    searcher = build_searcher(
+        "evolution", space, landscape.hints(), np.random.default_rng(0), options
+    )
+    record = drive(searcher, lambda p: landscape.evaluate(p.mask), limit=start + 24)
+    origins = [p.origin for p in proposals(record)[start : start + 24]]
+    assert origins.count("evolution exchange") == 12
+
+
 def test_sweep_can_be_left_out() -> None:
     record, _ = evolve(SPACES["sublayer"], Landscape(12), 60, {"sweep": False})
     assert all(p.final for batch, _ in record for p in batch.proposals)  # type: ignore[attr-defined]

@@ -103,13 +103,21 @@ def test_a_mask_is_asked_for_once_and_final_where_it_meets_a_budget() -> None:
     assert swept <= {space.dense, *space.removals(space.dense)}
 
 
-def test_masks_race_only_against_masks_of_their_budget() -> None:
-    space = fronted(8)
+# At the loosest one FFN is enough, or three attentions.
+LOOSE = (*FURTHER, Budget("params", cap=10 + 32 - 3))
+
+
+@pytest.mark.parametrize("further", [FURTHER, LOOSE], ids=["far", "one removal away"])
+def test_masks_race_only_against_masks_of_their_budget(further: tuple[Budget, ...]) -> None:
+    space = fronted(8, further)
     landscape = Landscape(16)
     record = searched(space, landscape, limit=300)
     checked = 0
     for batch, _ in record:
-        if batch.proposals[0].origin in ("dense", "sweep"):
+        if batch.proposals[0].origin == "dense":
+            assert not any(
+                space.meets(m) for m in (*(p.mask for p in batch.proposals), *batch.rivals)
+            )
             continue
         masks = [*(p.mask for p in batch.proposals), *batch.rivals]
         assert any(all(point.on_budget(m) for m in masks) for point in space.points)
@@ -161,6 +169,16 @@ def test_windows_near_the_best_ones_come_first() -> None:
     assert sorted(ordered[:8]) == list(range(8))
     assert ordered[0] in (3, 4)
     assert promising(windows, {}) == windows
+
+
+def test_windows_that_lost_are_compared_on_the_text_they_share() -> None:
+    near, far = Mask.dropping(20, range(4, 9)), Mask.dropping(20, range(12, 17))
+    known = {
+        near: Evaluation(near, (0.3,), 1, Status.ELIMINATED),
+        far: Evaluation(far, (0.2, 0.9), 2, Status.ELIMINATED),
+    }
+    windows = [Proposal(mask, "window") for mask in known]
+    assert [p.mask for p in promising(windows, known)] == [far, near]
 
 
 @pytest.mark.parametrize("n", [1, 5])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from landscapes import SPACES, Landscape, drive, proposals, toy
+from landscapes import SPACES, Landscape, drive, proposals, toy, two_stacks
 
 from depthsearch.searchers import build_searcher
 from depthsearch.searchers.gaps import GAPS, Gap, added_up, cheapest, gap_plan
@@ -57,6 +57,21 @@ def test_a_price_for_each_gap_makes_fewer() -> None:
     assert few is not None
     assert many is not None
     assert (len(few), len(many)) == (1, 3)
+
+
+def test_gaps_of_two_stacks_may_touch() -> None:
+    space = two_stacks(4, 4)
+    gaps = gaps_of([(6, 2, 2, 0.01), (8, 2, 2, 0.01), (0, 2, 2, 1.0), (12, 2, 2, 1.0)])
+    assert added_up(space, gaps, [1.0] * 16)[0].mask == space.dense.without(range(6, 10))
+
+
+def test_no_gap_reaches_into_the_next_stack() -> None:
+    space = two_stacks(4, 2)
+    none = {m: Evaluation(m, (0.0,), 8) for m in (space.dense, *space.removals(space.dense))}
+    asked = next(gap_plan(space, 2, none))
+    longer = {p.mask.runs for p in asked.proposals}
+    assert ((2, 4),) in longer
+    assert ((3, 5),) not in longer
 
 
 @pytest.mark.parametrize("name", ["sublayer", "packable", "packable_protected", "block"])

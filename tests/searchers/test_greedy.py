@@ -19,6 +19,7 @@ from landscapes import (
 )
 
 from depthsearch.searchers import build_searcher
+from depthsearch.searchers.greedy import can_race, ranking
 from depthsearch.space import Budget, Evaluation, Hints, Mask, Proposal, SearchSpace, Status
 
 # Two blocks, attention costs 1 and FFN 3: 8 in all, of which the budget keeps 4.
@@ -89,6 +90,36 @@ def test_a_step_is_raced_only_where_losses_alone_decide(
     record = drive(searcher, lambda p: landscape.evaluate(p.mask))
     steps = [batch for batch, _ in record if "dense" not in batch.proposals[0].origin]
     assert steps[0].survivors == survivors
+
+
+def test_masks_that_meet_the_budget_do_not_race_with_larger_ones() -> None:
+    searcher = build_searcher("greedy", SPACE, FLAT, np.random.default_rng(0), {"rule": "plain"})
+    (first, _), (second, _) = drive(searcher, additive)
+    assert first.survivors == 1
+    # Without the second attention an FFN ends the search, which the first attention does not.
+    assert [p.final for p in second.proposals] == [False, True, True]
+    assert second.survivors is None
+
+
+def test_a_race_is_on_one_side_of_the_budget_rivals_included() -> None:
+    larger, smaller = Mask.from_key("0101"), Mask.from_key("1001")
+    assert can_race(SPACE, "plain", {larger: 1})
+    assert can_race(SPACE, "plain", {smaller: 3, Mask.from_key("1100"): 3}, [smaller])
+    assert not can_race(SPACE, "plain", {larger: 1, smaller: 3})
+    assert not can_race(SPACE, "plain", {smaller: 3}, [larger])
+    assert not can_race(SPACE, "cost_aware", {larger: 1, SPACE.dense: 0})
+
+
+@pytest.mark.parametrize("before", [None, Evaluation(SPACE.dense, (0.1, 0.1, 2.9, 2.9), 4)])
+def test_partial_losses_are_ranked_on_the_sequences_they_share(before: Evaluation | None) -> None:
+    failed, worst, better = (Mask.from_key(key) for key in SINGLES[:3])
+    answers = {
+        failed: Evaluation(failed, (), 0, Status.NON_FINITE),
+        worst: Evaluation(worst, (0.9,), 1, Status.ELIMINATED),
+        better: Evaluation(better, (0.2, 0.2, 3.0), 3, Status.ELIMINATED),
+    }
+    assert ranking("plain", answers, dict.fromkeys(answers, 1), before) == [better, worst]
+    assert ranking("cost_aware", answers, dict.fromkeys(answers, 1), before) == [better, worst]
 
 
 def test_ends_on_budget_on_a_large_packable_space() -> None:

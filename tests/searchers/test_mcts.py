@@ -265,6 +265,21 @@ def test_starts_from_baselines_and_a_sweep_whose_paths_are_in_the_tree() -> None
         assert nodes[proposal.mask.key]["best_mask"] == proposal.mask.key
 
 
+def test_removals_that_meet_the_budget_do_not_race_with_larger_masks() -> None:
+    # Any one of four FFNs is enough, or three of the attentions.
+    space = toy(4, Budget("params", cap=23))
+    searcher = mcts(space, Landscape(8), {"baselines": False})
+    record = drive(searcher, lambda p: Landscape(8).evaluate(p.mask), limit=9)
+    final, larger = (batch for batch, _ in record)
+    assert [p.mask for p in final.proposals] == [without(space, gene) for gene in (1, 3, 5, 7)]
+    assert [p.mask for p in larger.proposals] == [
+        space.dense,
+        *(without(space, gene) for gene in (0, 2, 4, 6)),
+    ]
+    assert larger.rivals == ()
+    assert final.survivors == larger.survivors == 4
+
+
 def best_loss(
     method: str, space: SearchSpace, landscape: Landscape, hints: Hints, options: dict[str, object]
 ) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from landscapes import SPACES, toy
+from landscapes import SPACES, toy, two_stacks
 
 from depthsearch.searchers.moves import (
     Moves,
@@ -21,6 +21,7 @@ LARGE: dict[str, SearchSpace] = {
     "large": toy(30),
     "large_packable": toy(30, packable=True, protected=(0, 1, 2, 31, 59)),
     "large_attention": toy(30, Budget("kv_bytes", ratio=0.6), "attention"),
+    "two_stacks": two_stacks(8),
 }
 NAMES = Moves(SPACES["sublayer"], np.random.default_rng(0)).names
 
@@ -156,6 +157,24 @@ def test_dropped_runs_and_weighted_index() -> None:
     assert 0.68 < draws.count(2) / 400 < 0.82
 
 
+@pytest.mark.parametrize(
+    ("space", "dropped"),
+    [
+        (two_stacks(4, 2), (2, 3, 4, 5)),
+        (toy(4, Budget("sites", drop=4), protected=(3, 4)), (1, 2, 5, 6)),
+    ],
+)
+def test_gaps_of_two_stacks_or_beside_a_protected_site_move_apart(
+    space: SearchSpace, dropped: tuple[int, ...]
+) -> None:
+    """The first stays where it is, and the second goes to the end, in one shift."""
+    mask = Mask.dropping(8, dropped)
+    found = {
+        Moves(space, np.random.default_rng(seed)).apply("shift", mask, mask) for seed in range(60)
+    }
+    assert Mask.dropping(8, [*dropped[:2], 6, 7]) in found
+
+
 def test_moves_on_a_space_with_shared_costs() -> None:
     space = toy(8)
     table = space.costs.of("params")
@@ -193,6 +212,17 @@ def test_exchanges_come_in_order_of_what_they_promise() -> None:
     assert found[0] == Mask.dropping(8, [3, 4])
     change = [sum(keys[i] for i in other.dropped) for other in found]
     assert change == sorted(change)
+
+
+@pytest.mark.parametrize(
+    ("packable", "ends"), [(False, {8, 11, 12, 15}), (True, set(range(8, 16)))]
+)
+def test_exchanges_put_back_what_is_at_the_end_of_a_stack(packable: bool, ends: set[int]) -> None:
+    """Two gaps, though they touch: the last two blocks of one stack, the first two of the next."""
+    space = two_stacks(8, packable=packable)
+    mask = space.dense.without(range(8, 16))
+    found = exchange_neighbours(space, mask, [1.0] * 24)
+    assert {i for other in found for i in other.kept if not mask.keep[i]} == ends
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -16,7 +16,7 @@ from depthsearch.searchers import build_searcher, check_storage
 from depthsearch.searchers.optuna_coding import BUDGET, Coding
 from depthsearch.searchers.optuna_keys import OptunaSearcher
 from depthsearch.searchers.ranking import influence_keys
-from depthsearch.space import Budget, SearchSpace, Status, hypervolume
+from depthsearch.space import Budget, Evaluation, SearchSpace, Status, hypervolume
 
 SAMPLERS = ("nsga2", "nsga3", "tpe", "qmc", "random")
 SPACE = FRONTS["two costs"]
@@ -90,6 +90,20 @@ def test_only_baselines_race_and_only_within_their_budget() -> None:
         if batch.survivors is not None:
             masks = [*(p.mask for p in batch.proposals), *batch.rivals]
             assert any(all(at.on_budget(mask) for mask in masks) for at in SPACE.points)
+
+
+def test_what_lost_its_race_is_no_better_than_the_best_of_its_budget() -> None:
+    """The best of the looser budget, at 0.1, is better than all and says nothing of the tighter."""
+    searcher = searcher_of(FRONTS["one cost"])
+    loose = searcher.ask().proposals
+    searcher.tell([Evaluation(p.mask, (0.1,) * 6, 6) for p in loose])
+    best, *others = searcher.ask().proposals
+    assert others
+    lost = [Evaluation(p.mask, (0.41,) * 2, 2, Status.ELIMINATED) for p in others]
+    # Paired with the best, whose first sequences are easier than the others: 0.5 + 0.41 - 0.4.
+    searcher.tell([Evaluation(best.mask, (0.4, 0.4, 0.55, 0.55, 0.55, 0.55), 6), *lost])
+    told = [trial.values[0] for trial in searcher.study.trials[len(loose) :]]
+    assert told == pytest.approx([0.5, *[0.51] * len(others)])
 
 
 def test_the_further_budgets_try_a_part_of_their_windows() -> None:

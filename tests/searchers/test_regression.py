@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from landscapes import Landscape, toy
+from landscapes import Landscape, toy, two_stacks
 
 from depthsearch.searchers.regression import (
     MaskFeatures,
@@ -15,7 +15,7 @@ from depthsearch.searchers.regression import (
     negative_log_likelihood,
     observe,
 )
-from depthsearch.space import Evaluation, Mask, SearchSpace, Status
+from depthsearch.space import Budget, Evaluation, Mask, SearchSpace, Status
 
 
 def random_masks(space: SearchSpace, count: int, seed: int) -> tuple[Mask, ...]:
@@ -75,6 +75,26 @@ def test_figures_of_a_mask_worked_by_hand() -> None:
     assert np.exp(features.figures([mask]))[0] - 0.5 == pytest.approx([2, 7, 5, 4])
     assert np.exp(features.figures([Mask.from_key("111110")]))[0] - 0.5 == pytest.approx([1] * 4)
     assert np.exp(features.figures([space.dense]))[0] - 0.5 == pytest.approx([0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("space", "apart", "together"),
+    [
+        (two_stacks(2, 2), (3, 4), (4, 5)),
+        (toy(4, Budget("sites", drop=2), protected=(3, 4)), (2, 5), (1, 2)),
+    ],
+)
+def test_gaps_end_with_their_stack_and_at_what_is_protected(
+    space: SearchSpace, apart: tuple[int, int], together: tuple[int, int]
+) -> None:
+    features = MaskFeatures(space, [1.0] * len(space.genes))
+    two, one = (space.dense.without(dropped) for dropped in (apart, together))
+    figures = np.exp(features.figures([two, one])) - 0.5
+    # Root sums of squares: two gaps of cost 1 each, one gap of two such sites.
+    assert figures[0] == pytest.approx([2, 2, 2, 2])
+    assert figures[1] == pytest.approx([1, 2, math.sqrt(2), 1])
+    # Two genes dropped, and a pair of neighbours only where they are of one gap.
+    assert features.dropped([two, one]).sum(axis=1).tolist() == [2, 3]
 
 
 def test_mean_and_covariance_condition_a_joint_normal() -> None:

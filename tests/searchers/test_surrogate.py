@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from landscapes import Landscape, best_final, drive, proposals, toy
 
 from depthsearch.searchers import build_searcher
 from depthsearch.searchers.surrogate import choose, lower_confidence_bounds
-from depthsearch.space import Evaluation, Proposal, SearchSpace
+from depthsearch.space import Evaluation, Mask, Proposal, SearchSpace
 
 LIMIT = 152
 
@@ -69,6 +71,34 @@ def test_starts_as_evolution_does_and_screens_three_quarters() -> None:
     generation = [p.origin for p in asked[first : first + 16]]
     assert sum(origin.startswith("surrogate ") for origin in generation) == 12
     assert sum(origin.startswith("evolution ") for origin in generation) == 4
+
+
+@pytest.mark.parametrize("offspring", [1, 3, 6])
+def test_a_quarter_is_not_screened_however_small_the_generation(offspring: int) -> None:
+    space, landscape = toy(12), Landscape(24)
+    options: dict[str, object] = {"candidates": 40, "offspring": offspring}
+    start = next(
+        i
+        for i, p in enumerate(run("surrogate", space, landscape, 0, 120, **options)[0])
+        if p.origin.startswith(("surrogate", "evolution"))
+    )
+    asked, _ = run("surrogate", space, landscape, 0, start + 24, **options)
+    screened = [p.origin.startswith("surrogate ") for p in asked[start : start + 24]]
+    assert (sum(screened), len(screened)) == (18, 24)
+
+
+def test_each_answer_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a mask is on budget is asked a few times a mask, not once a generation."""
+    asked: Counter[Mask] = Counter()
+    on_budget = SearchSpace.on_budget
+
+    def counted(space: SearchSpace, mask: Mask) -> bool:
+        asked[mask] += 1
+        return on_budget(space, mask)
+
+    monkeypatch.setattr(SearchSpace, "on_budget", counted)
+    run("surrogate", toy(12), Landscape(24), 0, 120, candidates=40, offspring=4)
+    assert max(asked[mask] for mask in toy(12).removals(toy(12).dense)) <= 4
 
 
 def test_beats_plain_evolution_at_equal_evaluations() -> None:

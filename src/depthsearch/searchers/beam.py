@@ -11,7 +11,7 @@ from heapq import merge
 
 import numpy as np
 
-from depthsearch.searchers.greedy import Rule, candidates, loss_decides, ranking
+from depthsearch.searchers.greedy import Rule, can_race, candidates, ranking
 from depthsearch.searchers.options import at_least
 from depthsearch.searchers.protocol import propose
 from depthsearch.searchers.ranking import (
@@ -88,7 +88,7 @@ def beam_plan(
         freed = {mask: freed_cost(space, space.dense, mask) for mask in origins}
         answers = yield Batch(
             tuple(propose(space, mask, origin) for mask, origin in origins.items()),
-            options.width if loss_decides(options.rule, freed) else None,
+            options.width if can_race(space, options.rule, freed) else None,
         )
         if step == 1:
             keys = removal_keys(space, loss_increases(space, answers.values(), dense), keys)

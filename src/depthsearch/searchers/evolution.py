@@ -74,16 +74,16 @@ def evolution_plan(
     credit = Credit(moves.names)
     exchanges: Iterator[Mask] = iter(())
     best: Mask | None = None
+    rest = 0
     while True:
         born: dict[Mask, str] = {}
         if elite.masks and elite.masks[0] != best:
             best = elite.masks[0]
             exchanges = iter(exchange_neighbours(space, best, keys))
-        for mask in exchanges:
-            if fresh.add(mask):
-                born[mask] = "exchange"
-            if len(born) >= options.offspring // 2:
-                break
+        half, rest = divmod(rest + options.offspring, 2)
+        while len(born) < half and (exchanged := next(exchanges, None)) is not None:
+            if fresh.add(exchanged):
+                born[exchanged] = "exchange"
         born |= filled(rng, moves, credit, elite.masks, fresh, options.offspring, len(born))
         if not born:
             return

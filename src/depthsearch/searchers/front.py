@@ -28,7 +28,7 @@ from depthsearch.searchers.oneshot import rank_removals, removal_masks
 from depthsearch.searchers.options import at_least, within
 from depthsearch.searchers.protocol import propose
 from depthsearch.searchers.random import FreshMasks
-from depthsearch.searchers.ranking import influence_keys
+from depthsearch.searchers.ranking import influence_keys, reference_of
 from depthsearch.searchers.staged import Answers, Plan
 from depthsearch.space import Batch, Evaluation, Hints, Mask, Proposal, SearchSpace
 
@@ -200,14 +200,19 @@ def _baselines(
 
 
 def promising(windows: Sequence[Proposal], known: Mapping[Mask, Evaluation]) -> list[Proposal]:
-    """Windows ordered by what the known windows with the nearest centres have lost."""
+    """Windows ordered by what the known windows with the nearest centres have lost.
+
+    Those that lost their race are compared on the sequences that they have in common with others.
+    """
     if not known:
         return list(windows)
+    reference = reference_of(known.values())
 
     def expected(proposal: Proposal) -> tuple[int, float, float]:
         centre = _centre(proposal.mask)
         away, rank, loss = min(
-            (abs(_centre(e.mask) - centre), *e.order[:2]) for e in known.values()
+            (abs(_centre(e.mask) - centre), e.order[0], e.estimate(reference))
+            for e in known.values()
         )
         return rank, loss, away
 
@@ -221,18 +226,27 @@ def _centre(mask: Mask) -> float:
 def _sweep(
     space: SearchSpace, hints: Hints, niches: Sequence[Niche], options: FrontOptions
 ) -> Plan:
-    """Every single removal that frees something of a budget, once; then what it suggests."""
+    """Every single removal that frees something of a budget, once; then what it suggests.
+
+    Those that meet a budget already race there, at the tightest such budget, and the others race
+    among themselves.
+    """
     units = [niche.space.removals(space.dense) for niche in niches]
     masks = {space.dense: "dense"} | {mask: "sweep" for found in units for mask in found}
+    sweep = [propose(space, mask, origin) for mask, origin in masks.items()]
+    answers: dict[Mask, Evaluation] = {}
+    for niche in reversed(niches):
+        mine = [proposal for proposal in sweep if niche.space.on_budget(proposal.mask)]
+        answers |= yield from _judge(niche, niches, mine)
+    larger = tuple(proposal for proposal in sweep if not proposal.final)
     # The order matters most among the cheapest to lose; the others may be known roughly.
-    cheapest = max(options.parents, len(masks) // 4)
-    answers = yield Batch(tuple(propose(space, m, o) for m, o in masks.items()), cheapest)
+    answers |= yield Batch(larger, max(options.parents, len(larger) // 4))
     for niche in niches:
         niche.learn(answers)
     for niche, removals in zip(niches, units, strict=True):
-        mine = {space.dense, *removals}
+        measured = {space.dense, *removals}
         ranking = rank_removals(
-            niche.space, hints, {mask: e for mask, e in answers.items() if mask in mine}
+            niche.space, hints, {mask: e for mask, e in answers.items() if mask in measured}
         )
         niche.keys = ranking.keys
         suggested = (

@@ -45,9 +45,9 @@ def gap_plan(
     while True:
         fresh = {}
         for mask, evaluation in answers.items():
-            if len(mask.runs) == 1 and evaluation.status is Status.OK:
+            if len(space.gaps(mask)) == 1 and evaluation.status is Status.OK:
                 assert evaluation.loss is not None
-                ((start, stop),) = mask.runs
+                ((start, stop),) = space.gaps(mask)
                 freed = space.cost(space.dense) - space.cost(mask)
                 fresh[mask] = Gap(start, stop, freed, evaluation.loss - base)
         found |= fresh
@@ -56,7 +56,7 @@ def gap_plan(
         longer: dict[Mask, None] = {}
         for mask in ranked[: -(-len(ranked) // 2)]:
             for more in space.removals(mask):
-                ((start, stop), *others) = more.runs
+                ((start, stop), *others) = space.gaps(more)
                 if not others and stop - start <= longest and more not in found:
                     longer[more] = None
         if not longer:
@@ -73,10 +73,11 @@ def added_up(
     several hurt more than their sum. `keys` (one a gene, higher is kept) fill what is left over.
     """
     need = space.cost(space.dense) - space.cap
+    stacks = [start for start, _ in space.gaps(space.dense.without(range(len(space.sites))))]
     masks: dict[Mask, None] = {}
     price = 0.0
     for penalty in _PENALTIES:
-        chosen = cheapest(gaps, need, penalty * price)
+        chosen = cheapest(gaps, need, penalty * price, stacks)
         if chosen is None:
             break
         if penalty == 0.0:
@@ -86,9 +87,12 @@ def added_up(
     return tuple(Proposal(mask, GAPS) for mask in masks if space.on_budget(mask))
 
 
-def cheapest(gaps: Sequence[Gap], need: int, price: float = 0.0) -> tuple[Gap, ...] | None:
+def cheapest(
+    gaps: Sequence[Gap], need: int, price: float = 0.0, stacks: Sequence[int] = ()
+) -> tuple[Gap, ...] | None:
     """The gaps, none touching another, that free `need` at the lowest sum of losses and prices.
 
+    Where one of `stacks` begins, a gap may touch the one before it: each is in a stack of its own.
     Dynamic programming from the last site back over what is freed (capped at `need`) and lost; None
     where all gaps together free too little.
     """
@@ -102,9 +106,10 @@ def cheapest(gaps: Sequence[Gap], need: int, price: float = 0.0) -> tuple[Gap, .
     for site in range(end - 1, -1, -1):
         options = list(fronts[site + 1])
         for gap in starts.get(site, ()):
+            after = gap.stop if gap.stop == end or gap.stop in stacks else gap.stop + 1
             options += [
                 (min(need, freed + gap.freed), loss + gap.loss + price, (gap, *rest))
-                for freed, loss, rest in fronts[gap.stop + 1 if gap.stop < end else end]
+                for freed, loss, rest in fronts[after]
             ]
         fronts[site] = _front(options)
     best = [(loss, rest) for freed, loss, rest in fronts[0] if freed >= need]

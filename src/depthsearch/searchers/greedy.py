@@ -22,6 +22,7 @@ from depthsearch.searchers.ranking import (
     influence_keys,
     loss_increases,
     price,
+    reference_of,
     removal_keys,
     renewed_keys,
 )
@@ -73,7 +74,7 @@ def greedy_plan(
             return
         answers = yield Batch(
             tuple(propose(space, target, f"greedy step {step}") for target in targets),
-            1 if loss_decides(options.rule, targets) else None,
+            1 if can_race(space, options.rule, targets) else None,
         )
         ranked = ranking(options.rule, answers, targets, current)
         if not ranked:
@@ -103,9 +104,15 @@ def candidates(space: SearchSpace, mask: Mask, keys: Sequence[float]) -> Mapping
     return found
 
 
-def loss_decides(rule: Rule, freed: Mapping[Mask, int]) -> bool:
-    """Whether masks that free so much are ranked by their losses alone, so that they can race."""
-    return rule == "plain" or len(set(freed.values())) == 1
+def can_race(
+    space: SearchSpace, rule: Rule, freed: Mapping[Mask, int], rivals: Sequence[Mask] = ()
+) -> bool:
+    """Whether masks that free so much are ranked by their losses alone, as rivals of each other.
+
+    Masks that meet the budget are no rivals of larger ones, to which they would lose for good.
+    """
+    by_loss = rule == "plain" or len(set(freed.values())) == 1
+    return by_loss and len({space.fits(mask) for mask in (*freed, *rivals)}) == 1
 
 
 def ranking(
@@ -114,16 +121,19 @@ def ranking(
     """The masks of `freed` that have a loss, best first: complete losses go before partial ones.
 
     Loss increases count from `before`, and so does what each mask frees; unknown, it counts as 0.
+    Partial losses are compared on the sequences that masks have in common.
     """
-    base = (before.loss or 0.0) if before is not None else 0.0
+    reference = reference_of((before, *answers.values()))
+    base = 0.0 if before is None or before.loss is None else before.estimate(reference)
     scores = {
         mask: (
             evaluation.order[0],
-            price(evaluation.loss - base, amount) if rule == "cost_aware" else evaluation.loss,
+            price(loss - base, amount) if rule == "cost_aware" else loss,
             mask.key,
         )
         for mask, amount in freed.items()
         if (evaluation := answers.get(mask)) is not None and evaluation.loss is not None
+        for loss in (evaluation.estimate(reference),)
     }
     return sorted(scores, key=lambda mask: scores[mask])
 
@@ -152,7 +162,7 @@ def _exchanges(
         freed = {mask: freed_cost(space, space.dense, mask) for mask in fresh}
         answers = yield Batch(
             tuple(propose(space, mask, origin) for mask in fresh),
-            1 if loss_decides(options.rule, freed) else None,
+            1 if can_race(space, options.rule, freed, (current.mask,)) else None,
             (current.mask,),
         )
         better = {

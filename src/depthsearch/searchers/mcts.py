@@ -111,9 +111,13 @@ def mcts_plan(
         planted += [proposal.mask for proposal in seeds]
     if options.sweep and not space.fits(space.dense):
         sweep = removal_sweep(space)
-        survivors = max(_SURVIVORS, len(sweep.proposals) // 4)
-        answers = yield Batch(take(sweep.proposals).proposals, survivors)
+        # What meets the budget already is no rival of the others.
+        final = [proposal for proposal in sweep.proposals if proposal.final]
+        larger = [proposal for proposal in sweep.proposals if not proposal.final]
+        answers = yield take(final)
         elite.learn(answers)
+        survivors = max(_SURVIVORS, len(larger) // 4)
+        answers = {**answers, **(yield Batch(take(larger).proposals, survivors))}
         ranking = rank_removals(space, hints, answers)
         keys = ranking.keys
         if options.baselines:

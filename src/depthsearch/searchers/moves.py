@@ -9,6 +9,7 @@ of attention for FFN breaks the budget, it is repaired next to the gaps or at ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Moves:
         self._space = space
         self._rng = rng
         self._step = 2 if space.packable and space.granularity == "sublayer" else 1
+        self._starts = [g for g, adjoins in enumerate(space.adjoins) if not adjoins]
         self._least = {i: 1.0 for gene in space.genes for i in gene}
         self._most = dict(self._least)
         if keys is not None:
@@ -125,7 +127,7 @@ class Moves:
         """Apply a change to the genes' keep flags and their runs of dropped genes."""
         genes = self._space.genes
         kept = [mask.keep[gene[0]] for gene in genes]
-        runs = dropped_runs(kept)
+        runs = self._runs(kept)
         if not runs:
             return None
         changed = change(kept, runs)
@@ -221,7 +223,15 @@ class Moves:
         return pool[self._choose([_weigh(self._least, unit) for _, unit in pool])][0]
 
     def _gaps(self, mask: Mask) -> int:
-        return len(dropped_runs([mask.keep[gene[0]] for gene in self._space.genes]))
+        return len(self._runs([mask.keep[gene[0]] for gene in self._space.genes]))
+
+    def _runs(self, kept: Sequence[bool]) -> list[Run]:
+        """Runs of dropped genes, cut where a stack ends and where something protected stays."""
+        found: list[Run] = []
+        for start, stop in dropped_runs(kept):
+            cuts = [g for g in self._starts if start < g < stop]
+            found.extend(pairwise([start, *cuts, stop]))
+        return found
 
     def _below(self, bound: int) -> int:
         return int(self._rng.integers(bound))
@@ -242,7 +252,7 @@ def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -
     def worth(unit: Iterable[int]) -> float:
         return sum(value[i] for i in unit)
 
-    gaps = len(mask.runs)
+    gaps = len(space.gaps(mask))
     most = [(limit, max(limit.cap, limit.cost(mask))) for limit in space.limits]
 
     def within(other: Mask) -> bool:
@@ -251,7 +261,7 @@ def exchange_neighbours(space: SearchSpace, mask: Mask, keys: Sequence[float]) -
     found: dict[Mask, float] = {}
     for larger in space.additions(mask):
         back = frozenset(difference(larger, mask))
-        if len(larger.runs) > gaps:
+        if len(space.gaps(larger)) > gaps:
             continue
         for unit in space.removable(larger):
             if back.intersection(unit):

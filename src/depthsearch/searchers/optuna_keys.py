@@ -94,7 +94,7 @@ class OptunaSearcher:
         self._stored = stored
         self._fresh = FreshAtAny(space, rng)
         self._known: dict[Mask, Evaluation] = {}
-        self._best: Evaluation | None = None
+        self._best: dict[int, Evaluation] = {}
         self._elsewhere: dict[Mask, float] = {}
         self._standing: dict[Mask, float] = {}
         self._pending: dict[Mask, list[Trial]] = {}
@@ -155,12 +155,15 @@ class OptunaSearcher:
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """Pass each loss to the trials that decoded to its mask; failures become FAIL.
 
-        A mask that lost its race passes as no better than the best one known.
+        A mask that lost its race passes as no better than the best one known at its budget.
         """
         check_tell(evaluations, self._waiting)
         self._known |= {evaluation.mask: evaluation for evaluation in evaluations}
-        complete = [e for e in self._known.values() if e.status is Status.OK]
-        self._best = min(complete, key=lambda e: e.order, default=None)
+        for place, point in enumerate(self._space.points):
+            found = [e for e in evaluations if e.status is Status.OK and point.on_budget(e.mask)]
+            for evaluation in found:
+                best = self._best.setdefault(place, evaluation)
+                self._best[place] = min(best, evaluation, key=lambda e: e.order)
         with quiet():
             for evaluation in evaluations:
                 for trial in self._pending.pop(evaluation.mask):
@@ -227,7 +230,7 @@ class OptunaSearcher:
     def _baselines_at(self, point: SearchSpace) -> list[Proposal]:
         """New baselines at a further budget: rankings, and windows near the good ones so far."""
         windows = window_baselines(point, self._hints)
-        known = {e.mask: e for e in self._known.values() if len(e.mask.runs) == 1}
+        known = {e.mask: e for e in self._known.values() if len(self._space.gaps(e.mask)) == 1}
         near = promising(windows, known)[: max(1, round(_WINDOWS * len(windows)))]
         seeds = {p.mask: p for p in (*windows[:1], *influence_baselines(point, self._hints), *near)}
         return [seed for mask, seed in seeds.items() if mask not in self._fresh]
@@ -316,9 +319,10 @@ class OptunaSearcher:
         if evaluation.loss is None:
             self._study.tell(trial, state=TrialState.FAIL)
         else:
-            loss = evaluation.estimate(self._best)
-            if self._best is not None and self._best.loss is not None:
-                loss = max(loss, self._best.loss)
+            best = self._best.get(self._coding.read(trial.params).place)
+            loss = evaluation.estimate(best)
+            if best is not None and best.loss is not None:
+                loss = max(loss, best.loss)
             self._tell(trial, evaluation.mask, loss)
 
     def _tell(self, trial: Trial, mask: Mask, loss: float) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from depthsearch.searchers.options import at_least
 from depthsearch.searchers.staged import Plan, best_masks
@@ -13,6 +15,8 @@ from depthsearch.space import Batch, Evaluation, Mask, Proposal, SearchSpace
 
 _TRIES_A_MASK = 20
 _LEAST_TRIES = 320
+_MOST_SPARING = 2.0
+"""The largest power of what a gene frees that its key is multiplied by when draws ran dry."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class FreshMasks:
     """Random masks on budget, none of them twice, until the space is exhausted.
 
     Masks used elsewhere are handed in through `add`. When random draws bring nothing new, what is
-    left is listed; a space too large for that counts as exhausted for as long as draws are dry.
+    left is listed. On a space too large for that further draws spare what is heavy: where one heavy
+    gene frees what the budget needs, keys drawn alike nearly always drop one. The space counts as
+    exhausted for as long as these are dry as well.
     """
 
     def __init__(self, space: SearchSpace, rng: np.random.Generator) -> None:
@@ -101,17 +107,36 @@ class FreshMasks:
 
     def take(self, count: int) -> list[Mask]:
         """At most `count` new masks; fewer, or none, when no more are found."""
-        found: list[Mask] = []
-        tries = 0
-        most = max(_LEAST_TRIES if self._large else 0, _TRIES_A_MASK * count)
-        while len(found) < count and tries < most and self._left is None:
-            tries += 1
-            mask = self._space.decode(self._rng.random(len(self._space.genes)).tolist())
-            if self.add(mask):
-                found.append(mask)
+        found = list(self._drawn(count))
         if len(found) < count:
             found.extend(self._list(count - len(found)))
+        if len(found) < count and self._large:
+            found.extend(self._drawn(count - len(found), sparing=True))
         return found
+
+    def _drawn(self, count: int, sparing: bool = False) -> Iterator[Mask]:
+        """At most `count` new masks from random keys; `sparing` ones are higher for heavy genes."""
+        tries = max(_LEAST_TRIES if self._large else 0, _TRIES_A_MASK * count)
+        while count and tries and self._left is None:
+            tries -= 1
+            keys = self._rng.random(len(self._space.genes))
+            if sparing:
+                keys *= self._sizes ** self._rng.uniform(0.0, _MOST_SPARING)
+            mask = self._space.decode(keys.tolist())
+            if self.add(mask):
+                count -= 1
+                yield mask
+
+    @cached_property
+    def _sizes(self) -> npt.NDArray[np.float64]:
+        """What each gene frees alone, as a share of the dense cost; at two costs, the larger."""
+        keep, limits = self._space.dense.keep, self._space.limits
+        return np.array(
+            [
+                max(limit.weight(keep, gene) / max(1, limit.dense) for limit in limits)
+                for gene in self._space.genes
+            ]
+        )
 
     def _list(self, count: int) -> Iterator[Mask]:
         if self._left is None and not self._large:

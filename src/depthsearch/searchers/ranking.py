@@ -74,8 +74,9 @@ def loss_increases(
 ) -> dict[Unit, float]:
     """The loss increase of each unit whose single removal has a loss, by the unit's sites.
 
-    A mask that lost its race is compared on the sequences it was evaluated on. Without the dense
-    model's losses all increases are off by one constant, which leaves their order right.
+    A mask that lost its race is compared on the sequences it was evaluated on. Where the dense
+    model itself lost, or has no losses, one of the masks with the most sequences stands in for it:
+    all increases are then off by one constant, which leaves their order right.
     """
     return increases_from(space.dense, evaluations, dense)
 
@@ -87,17 +88,31 @@ def increases_from(
 
     As `loss_increases`, but from any mask on; masks that also put something back are left out.
     """
+    told = tuple(evaluations)
+    reference = reference_of((known, *told))
+    if reference is None or reference.loss is None:
+        return {}
+    apart = -reference.loss
+    if known is not None and known.loss is not None:
+        apart = known.loss - _mean_of_first(reference, len(known.losses))
     return {
-        difference(mask, e.mask): e.loss - _mean_of_first(known, len(e.losses))
-        for e in evaluations
+        difference(mask, e.mask): e.loss - (_mean_of_first(reference, len(e.losses)) + apart)
+        for e in told
         if e.loss is not None and e.mask != mask and not difference(e.mask, mask)
     }
 
 
-def _mean_of_first(dense: Evaluation | None, count: int) -> float:
-    if dense is None or not dense.losses[:count]:
-        return 0.0
-    return math.fsum(dense.losses[:count]) / len(dense.losses[:count])
+def reference_of(evaluations: Iterable[Evaluation | None]) -> Evaluation | None:
+    """What masks that lost a race are compared by (`Evaluation.estimate`).
+
+    The first of the evaluations with the most sequences: the complete ones, if there are any.
+    """
+    judged = (e for e in evaluations if e is not None and e.loss is not None)
+    return max(judged, key=lambda e: len(e.losses), default=None)
+
+
+def _mean_of_first(evaluation: Evaluation, count: int) -> float:
+    return math.fsum(evaluation.losses[:count]) / count
 
 
 def drop_in_order(space: SearchSpace, units: Iterable[Unit], keys: Sequence[float]) -> Mask:

@@ -106,6 +106,7 @@ class MaskFeatures:
 
     def __init__(self, space: SearchSpace, keys: Sequence[float]) -> None:
         self._first = [gene[0] for gene in space.genes]
+        self._adjoins = np.array(space.adjoins, dtype=float)
         costs = np.maximum(np.array(keys, dtype=float), 0.0)
         scale = float(np.median(costs[costs > 0])) if (costs > 0).any() else 1.0
         self._costs = costs / scale
@@ -114,21 +115,21 @@ class MaskFeatures:
         """`[n, 2 * genes - 1]` of 0 and 1: genes dropped, and neighbours dropped together."""
         keep = np.array([mask.keep for mask in masks], dtype=bool)[:, self._first]
         gone = (~keep).astype(float)
-        return np.concatenate([gone, gone[:, 1:] * gone[:, :-1]], axis=1)
+        return np.concatenate([gone, gone[:, 1:] * gone[:, :-1] * self._adjoins[1:]], axis=1)
 
     def figures(self, masks: Sequence[Mask]) -> Array:
         """`[n, 4]`: logarithms of the gaps, the sum, the root sums of squares, the largest."""
         gone = self.dropped(masks)[:, : len(self._first)]
         squares, largest, before = (np.zeros(len(masks)) for _ in range(3))
         gaps, roots, peaks = (np.zeros(len(masks)) for _ in range(3))
-        for gene, cost in enumerate(self._costs):
+        for gene, (cost, adjoins) in enumerate(zip(self._costs, self._adjoins, strict=True)):
             now = gone[:, gene]
-            ended = before * (1 - now)
+            ended = before * (1 - now * adjoins)
             gaps += ended
             roots += ended * np.sqrt(squares)
             peaks += ended * largest
-            squares = now * (squares + cost**2)
-            largest = now * np.maximum(largest, cost)
+            squares = now * (squares * adjoins + cost**2)
+            largest = now * np.maximum(largest * adjoins, cost)
             before = now
         gaps += before
         roots += before * np.sqrt(squares)

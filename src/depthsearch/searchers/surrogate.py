@@ -73,7 +73,7 @@ def surrogate_plan(
     """The start of the evolution, then generations most of whose offspring were screened."""
     fresh, elite = FreshMasks(space, rng), Elite(space, options.parents)
     measured: dict[Mask, Evaluation] = {}
-    start = yield from _recorded(start_plan(space, hints, elite, options), measured)
+    start = yield from _recorded(start_plan(space, hints, elite, options), space, measured)
     for mask in start.asked:
         fresh.add(mask)
 
@@ -81,16 +81,16 @@ def surrogate_plan(
     credit = Credit(moves.names)
     features = MaskFeatures(space, start.keys)
     pool = Pool(space, moves, credit, rng, start.keys, options)
+    rest = 0
     while True:
         born: dict[Mask, str] = {}
         origins: dict[Mask, str] = {}
-        on_budget = [e for e in measured.values() if space.on_budget(e.mask)]
-        seen = observe(on_budget)
-        complete = sum(e.status is Status.OK for e in on_budget)
+        seen = observe(tuple(measured.values()))
+        complete = sum(e.status is Status.OK for e in measured.values())
         if elite.masks and complete >= _FEWEST_OBSERVED:
             pool.refresh(MaskRegression(features, seen), elite.masks, fresh)
-            share = options.offspring - options.offspring // _UNSCREENED
-            for mask, move in pool.take(share).items():
+            unscreened, rest = divmod(rest + options.offspring, _UNSCREENED)
+            for mask, move in pool.take(options.offspring - unscreened).items():
                 fresh.add(mask)
                 born[mask] = move
                 origins[mask] = f"surrogate {move}"
@@ -101,7 +101,7 @@ def surrogate_plan(
             return
         children = [Proposal(mask, origin) for mask, origin in origins.items()]
         answers = yield elite.batch(children, options.screen)
-        measured.update(answers)
+        _record(answers, space, measured)
         elite.learn(answers)
         credit.update(born, elite.masks)
 
@@ -215,15 +215,19 @@ def lower_confidence_bounds(means: Array, variances: Array, optimism: float) -> 
 
 
 def _recorded(
-    plan: Generator[Batch, Answers, Start], measured: dict[Mask, Evaluation]
+    plan: Generator[Batch, Answers, Start], space: SearchSpace, measured: dict[Mask, Evaluation]
 ) -> Generator[Batch, Answers, Start]:
-    """The plan, its answers written into `measured`."""
+    """The plan, its answers on budget written into `measured`."""
     batch = next(plan)
     while True:
         answers: Mapping[Mask, Evaluation] = yield batch
-        measured.update(answers)
+        _record(answers, space, measured)
         try:
             batch = plan.send(answers)
         except StopIteration as ended:
             end: Start = ended.value
             return end
+
+
+def _record(answers: Answers, space: SearchSpace, measured: dict[Mask, Evaluation]) -> None:
+    measured.update({mask: e for mask, e in answers.items() if space.on_budget(mask)})

@@ -134,6 +134,14 @@ class SearchSpace:
         return frozenset(i for gene in self.genes for i in gene)
 
     @cached_property
+    def adjoins(self) -> tuple[bool, ...]:
+        """For each gene, whether it and the one before it can be of one gap.
+
+        They are of one stack, and nothing protected lies between them.
+        """
+        return False, *(self._contiguous(g - 1, g + 1) for g in range(1, len(self.genes)))
+
+    @cached_property
     def limits(self) -> tuple[Limit, ...]:
         """What masks are held to: one cost and its cap, or two for a budget of two costs."""
         tables = ((part, part.costs(self.costs, self.sites)) for part in self.budget.parts)
@@ -193,6 +201,14 @@ class SearchSpace:
         """Every mask of the space one minimal unit larger than `mask`."""
         return tuple(mask.with_(u) for u in self._addable(list(mask.keep)))
 
+    def gaps(self, mask: Mask) -> list[tuple[int, int]]:
+        """Runs of dropped sites `(start, stop)`, cut where one stack ends and the next begins."""
+        found: list[tuple[int, int]] = []
+        for start, stop in mask.runs:
+            cuts = [i for i in range(start + 1, stop) if not self._same_stack(i - 1, i)]
+            found.extend(pairwise([start, *cuts, stop]))
+        return found
+
     def smallest(self) -> Mask:
         """The cheapest mask of the space, the budget aside; with two costs, one that fits, if any.
 
@@ -202,7 +218,7 @@ class SearchSpace:
         if not self._pairs:
             return start
         found = [list(start.keep)]
-        for first, stop in self._stretches(start.keep):
+        for first, stop in self.gaps(start):
             if (stop - first) % 2:
                 # An odd stretch must keep one site that leaves even runs on both sides.
                 found = cheapest(self.limits, found, range(first, stop, 2))
@@ -416,21 +432,12 @@ class SearchSpace:
         unbroken = self._groups[first : first + len(run)] == run
         return unbroken and self._same_stack(run[0][0], run[-1][-1])
 
-    def _stretches(self, keep: Sequence[bool]) -> list[tuple[int, int]]:
-        """Runs of dropped sites `(start, stop)`, cut where one stack ends and the next begins."""
-        found: list[tuple[int, int]] = []
-        for start, stop in Mask(tuple(keep)).runs:
-            cuts = [i for i in range(start + 1, stop) if not self._same_stack(i - 1, i)]
-            found.extend(pairwise([start, *cuts, stop]))
-        return found
-
     def _into_space(self, mask: Mask) -> Mask:
         """The mask with protected sites back, broken genes whole, and, for pairs, even runs."""
         mask = mask.with_(i for i in range(len(mask)) if i not in self.free)
         mask = mask.with_(i for gene in self.genes if any(mask.keep[g] for g in gene) for i in gene)
         if self._pairs:
-            stretches = self._stretches(mask.keep)
-            mask = mask.with_(stop - 1 for start, stop in stretches if (stop - start) % 2)
+            mask = mask.with_(stop - 1 for start, stop in self.gaps(mask) if (stop - start) % 2)
         return mask
 
     def _trim(self, mask: Mask) -> Mask:
@@ -464,7 +471,7 @@ class SearchSpace:
             return [gene for gene in self.genes if not keep[gene[0]]]
         return [
             (p, q)
-            for start, stop in self._stretches(keep)
+            for start, stop in self.gaps(Mask(tuple(keep)))
             for p in range(start, stop, 2)
             for q in range(p + 1, stop, 2)
         ]
