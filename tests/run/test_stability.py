@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -171,19 +172,21 @@ def test_a_fold_leaves_its_part_out_and_one_outlier_is_found() -> None:
     )
 
 
+def sized(
+    tables: Sequence[np.ndarray], heldout: np.ndarray, sizes: Sequence[int], select_tokens: int
+) -> dict[str, Any]:
+    """What samples of these losses say of sizes of text."""
+    samples = [
+        Sample(f"sample {n}", "draw", WINDOW, table) for n, table in enumerate(tables, start=1)
+    ]
+    rng = np.random.default_rng(0)
+    return stability(samples, heldout, sizes, folds=0, select_tokens=select_tokens, rng=rng)
+
+
 def test_too_little_text_is_told_by_the_size_that_would_do() -> None:
     rng = np.random.default_rng(3)
-    samples = [
-        Sample(f"sample {n}", "draw", WINDOW, losses(rng, CLEAR, 8, 2.0)) for n in range(1, 17)
-    ]
-    found = stability(
-        samples,
-        losses(rng, CLEAR, 512, 0.5),
-        (128, 512, 2048),
-        folds=0,
-        select_tokens=128,
-        rng=np.random.default_rng(0),
-    )
+    tables = [losses(rng, CLEAR, 8, 2.0) for _ in range(16)]
+    found = sized(tables, losses(rng, CLEAR, 512, 0.5), (128, 512, 2048), 128)
     assert found["configured"] == 0
     assert found["recommended_tokens"] > 128
     assert any("calibration.select_tokens is 128, less than the" in w for w in warnings(found))
@@ -193,17 +196,8 @@ def test_too_little_text_is_told_by_the_size_that_would_do() -> None:
 
 def test_too_little_held_out_text_leaves_the_size_undecided() -> None:
     rng = np.random.default_rng(4)
-    samples = [
-        Sample(f"sample {n}", "draw", WINDOW, losses(rng, CLEAR, 16, 2.0)) for n in range(1, 5)
-    ]
-    found = stability(
-        samples,
-        losses(rng, CLEAR, 4, 2.0),
-        (64, 256, 1024),
-        folds=0,
-        select_tokens=256,
-        rng=np.random.default_rng(0),
-    )
+    tables = [losses(rng, CLEAR, 16, 2.0) for _ in range(4)]
+    found = sized(tables, losses(rng, CLEAR, 4, 2.0), (64, 256, 1024), 256)
     assert found["possible_tokens"] < found["recommended_tokens"] == 1024
     assert "How much text is enough is not decided" in verdict(found)
     assert not any("raise it" in text for text in warnings(found))

@@ -14,7 +14,6 @@ from depthsearch.run.statistics import (
     difference_among,
     paired_difference,
     rank_correlation,
-    shown_among,
     standings,
 )
 from depthsearch.run.verdict import ONE_PASS, verdict, warnings_of
@@ -181,7 +180,7 @@ def add_among(
     """Add to each pair `among` how many comparisons its difference is shown, 0 where it is not.
 
     That is 1, the number of pairs of a search and a method without one, or that of all pairs: what
-    the verdict picks from (see `shown_among`).
+    the verdict picks from (see `difference_among`).
     """
     rng = np.random.default_rng(3)
     mixed = [_is_mixed(pair, methods) for pair in pairs]
@@ -190,7 +189,7 @@ def add_among(
         pair["among"] = abs(side)
         for comparisons in sorted({sum(mixed) if counts else 1, len(pairs)} - {1}):
             a, b = tables[pair["a"]], tables[pair["b"]]
-            if pair["among"] and shown_among(a, b, side, comparisons, rng):
+            if pair["among"] and difference_among(a, b, comparisons, rng).side == side:
                 pair["among"] = comparisons
 
 

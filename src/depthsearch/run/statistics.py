@@ -102,16 +102,6 @@ def paired_difference(
     return bootstrap_interval(first - second, rng, level, resamples)
 
 
-def shown_among(
-    a: Losses, b: Losses, side: int, comparisons: int, rng: np.random.Generator
-) -> bool:
-    """Whether a difference on this `side` of zero is shown at 95 % for all `comparisons` together.
-
-    See `difference_among`.
-    """
-    return difference_among(a, b, comparisons, rng).side == side
-
-
 def difference_among(a: Losses, b: Losses, comparisons: int, rng: np.random.Generator) -> Interval:
     """The paired difference with an interval at 95 % for all `comparisons` together.
 
