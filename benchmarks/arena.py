@@ -7,8 +7,8 @@ Runs `depthsearch compare` with benchmarks/arena.yaml at one budget after the ot
 folder of its own below `--runs`; what is there already is used or gone on with. Then sums up: for
 each budget the arms by held-out KL with intervals, what stopping earlier would have given, the
 verdict, and, of the arms that search, the share of EvoPress's cost at which their best mask so far
-was as good as EvoPress's answer: of all that its search cost, and of what it had cost when it was
-as good itself, without the finals on both sides. Prints one JSON document.
+was as good as EvoPress's answer: of all that its search cost, and of what it had cost when it had
+judged that answer, without the finals on both sides. Prints one JSON document.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ SINGLE = (
     "origin",
     "cost_tokens",
     "search_cost_tokens",
+    "found_cost_tokens",
     "select_loss",
     "finals_loss",
     "heldout_kl",
@@ -112,14 +113,19 @@ def compared(
             f"{asked}: choose another --runs"
         )
     for entry in found["arms"]:
-        entry["search_cost_tokens"] = searched_for(folder / entry["run"])
+        told = [r for r in read_journal(folder / entry["run"] / JOURNAL) if r["op"] == "tell"]
+        entry["search_cost_tokens"] = told[-1]["cost_tokens"]
+        entry["found_cost_tokens"] = found_after(told, entry["mask"])
     return found
 
 
-def searched_for(run: Path) -> float:
-    """The cost_tokens of a run before its finals."""
-    told = [r for r in read_journal(run / JOURNAL) if r["op"] in ("hints", "tell")]
-    return float(told[-1]["cost_tokens"])
+def found_after(told: Sequence[Mapping[str, Any]], mask: str) -> float:
+    """The cost_tokens of a run when it had judged a mask on all of its search text."""
+    return next(
+        float(record["cost_tokens"])
+        for record in told
+        if any(e["mask"] == mask and e["status"] == "ok" for e in record["evaluations"])
+    )
 
 
 def summed_up(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,8 +164,8 @@ def matched(
 ) -> dict[str, list[float | None]]:
     """For each seed, the share of the reference's search cost after which an arm was as good.
 
-    As good by held-out KL and by search loss, of the masks of its course that were measured; None
-    where it never was. With `own` of the cost after which the reference itself was as good as its
+    As good by held-out KL and by search loss, of the masks of its course that were measured and its
+    answer; None where it never was. With `own` of the cost after which the reference had judged its
     answer, which is less where it went on without finding better.
     """
     shares: dict[str, list[float | None]] = {}
@@ -168,18 +174,19 @@ def matched(
         other = last.get(entry["seed"])
         if other is None or entry["name"] == reference:
             continue
-        whole = as_good(other, other) if own else other["search_cost_tokens"]
+        whole = other["found_cost_tokens" if own else "search_cost_tokens"]
         there = as_good(entry, other)
-        share = None if there is None or not whole else there / whole
+        share = None if there is None else there / whole
         shares.setdefault(entry["name"], []).append(share)
     return shares
 
 
 def as_good(entry: Mapping[str, Any], other: Mapping[str, Any]) -> float | None:
     """The cost_tokens after which a run was as good as the answer of another, if it ever was."""
+    answer = {**entry, "cost_tokens": entry["found_cost_tokens"]}
     there = (
         step["cost_tokens"]
-        for step in entry["anytime_heldout"]
+        for step in (*entry["anytime_heldout"], answer)
         if step["heldout_kl"] <= other["heldout_kl"] and step["select_loss"] <= other["select_loss"]
     )
     return min(there, default=None)
