@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from tests.searchers.landscapes import Landscape, toy
 
 from depthsearch.errors import NothingFoundError
 from depthsearch.evaluation import Racing
-from depthsearch.journal import Journal
+from depthsearch.journal import Journal, read_journal
 from depthsearch.run.ledger import Ledger
 from depthsearch.run.loop import Outcome, Plan, SearchLoop
 from depthsearch.run.planning import planned
+from depthsearch.searchers import is_baseline
 from depthsearch.space import Mask, Stage
 
 SPACE = toy(12)
@@ -102,3 +104,18 @@ def test_repairs_that_are_paid_once_stay_within_the_limit(
     plan = Plan(method, cost_tokens=limit, racing=Racing("halving"))
     select, finals = FittedOnce(LANDSCAPE, seed=1), Synthetic(LANDSCAPE, seed=2)
     assert run(tmp_path, plan, select, finals).cost_tokens <= limit
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam"])
+def test_no_room_is_kept_for_a_baseline_that_never_comes(method: str, tmp_path: Path) -> None:
+    plan = Plan(method, finalists=1, racing=False)
+
+    def go(name: str, cost_tokens: float | None) -> Outcome:
+        select, finals = Synthetic(LANDSCAPE, seed=1), Synthetic(LANDSCAPE, seed=2)
+        (tmp_path / name).mkdir()
+        return run(tmp_path / name, replace(plan, cost_tokens=cost_tokens), select, finals)
+
+    free = go("free", None)
+    asks = [r for r in read_journal(tmp_path / "free/journal.jsonl") if r["op"] == "ask"]
+    assert not any(is_baseline(p["origin"]) for r in asks for p in r["proposals"])
+    assert go("limited", free.cost_tokens).best == free.best

@@ -26,6 +26,7 @@ from depthsearch.searchers import (
     is_baseline,
     needs_limit,
     needs_sensitivity,
+    offers_baselines,
 )
 from depthsearch.space import (
     Batch,
@@ -131,7 +132,7 @@ class SearchLoop:
         self._failures = 0
         self._best: dict[int, float] = {}
         self._vain = 0
-        self._least = finalist(space, finals)
+        self._least = _least_finals(plan, space, finals)
         self._prices: dict[Mask, float] = {}
 
     def run(self, start: Mapping[str, Any]) -> Outcome:
@@ -262,7 +263,7 @@ class SearchLoop:
             least = 0.0
             for head in prices:
                 more = min(count, self._plan.baselines - len(head[1:]))
-                first = 0.0 if head else 2 * self._least
+                first = 0.0 if head else self._least
                 least += max(first, heads_price(head, new, safe, more))
             reserves.append(self._finals.preparation + max(now, least))
         return reserves
@@ -478,10 +479,15 @@ def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend)
     if needs_sensitivity(plan.method):
         # Twice forwards, and backwards with its attentions twice.
         least += 4 * select.plan(dense)
-    least += finals.preparation + 2 * len(space.points) * finalist(space, finals)
+    least += finals.preparation + len(space.points) * _least_finals(plan, space, finals)
     if plan.cost_tokens < least:
         raise ConfigError(
             f"search.cost_tokens is {plan.cost_tokens:,.0f}, too little for one pass of the dense "
             f"model, a mask and the final ranking: give at least {least:,.0f}, or lower "
             f"{' and '.join(plan.texts)}"
         )
+
+
+def _least_finals(plan: Plan, space: SearchSpace, finals: Backend) -> float:
+    """What the finals of a budget cost at least: the best mask, and a baseline if there may be."""
+    return (1 + offers_baselines(plan.method)) * finalist(space, finals)

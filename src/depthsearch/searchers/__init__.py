@@ -97,6 +97,11 @@ def needs_limit(method: str) -> bool:
     return _method(method).endless
 
 
+def offers_baselines(method: str) -> bool:
+    """Whether a method may propose cheap baselines; raises ConfigError for no method."""
+    return _method(method).baselines
+
+
 def check_storage(
     method: str,
     options: Options,
@@ -123,13 +128,15 @@ def check_storage(
 class Method:
     """The options of a method, and what builds its searcher from them once they are parsed.
 
-    `sensitivity` says that its hints must hold one, `endless` that only a limit ends it.
+    `sensitivity` says that its hints must hold one, `endless` that only a limit ends it,
+    `baselines` that a baseline may be among its proposals.
     """
 
     options: type
     build: Callable[[SearchSpace, Hints, np.random.Generator, Any], Searcher | Plan]
     sensitivity: bool = False
     endless: bool = False
+    baselines: bool = True
 
 
 _METHODS: Mapping[str, Method] = {
@@ -156,8 +163,8 @@ _METHODS: Mapping[str, Method] = {
     ),
     "additive": Method(AdditiveOptions, lambda space, hints, _, o: additive_plan(space, hints, o)),
     "windows": Method(WindowsOptions, lambda space, hints, _, o: windows_plan(space, hints, o)),
-    "greedy": Method(GreedyOptions, greedy_plan),
-    "beam": Method(BeamOptions, beam_plan),
+    "greedy": Method(GreedyOptions, greedy_plan, baselines=False),
+    "beam": Method(BeamOptions, beam_plan, baselines=False),
     "evolution": Method(EvolutionOptions, evolution_plan, endless=True),
     "front": Method(FrontOptions, front_plan, endless=True),
     "evopress": Method(EvoPressOptions, evopress_plan),
@@ -207,4 +214,5 @@ __all__ = [
     "is_baseline",
     "needs_limit",
     "needs_sensitivity",
+    "offers_baselines",
 ]
