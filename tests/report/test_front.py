@@ -12,7 +12,8 @@ from depthsearch.journal import read_journal
 from depthsearch.report import run_report
 from depthsearch.report.data import read_run
 from depthsearch.report.front import front_table, staircase
-from depthsearch.run.loop import Outcome, Plan
+from depthsearch.run.loop import Outcome
+from depthsearch.run.planning import Plan
 from depthsearch.space import Budget, Mask, Status
 
 OWN = Budget("params", ratio=0.75, of="blocks")

@@ -11,7 +11,7 @@ from depthsearch.report import run_report
 from depthsearch.report.data import RunData, read_run
 from depthsearch.report.front import front_picture
 from depthsearch.report.pairs import has_pairs, left_out, pair_lines, pairs_picture
-from depthsearch.run.loop import Plan
+from depthsearch.run.planning import Plan
 from depthsearch.space import Budget, SearchSpace
 
 OWN = Budget("params", ratio=0.75, of="blocks")

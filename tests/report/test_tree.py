@@ -15,7 +15,7 @@ from depthsearch.report import run_report
 from depthsearch.report.data import read_run
 from depthsearch.report.tables import lineage
 from depthsearch.report.tree import MOST_NODES, most_visited, removed_sites, tree_picture
-from depthsearch.run.loop import Plan
+from depthsearch.run.planning import Plan
 from depthsearch.run.replaying import replayed
 from depthsearch.searchers.mcts import MctsSearcher
 from depthsearch.space import Site

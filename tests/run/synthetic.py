@@ -14,7 +14,8 @@ from tests.searchers.landscapes import Landscape, toy
 from depthsearch.evaluation import UnitResult, executed_sites
 from depthsearch.journal import Journal
 from depthsearch.run.ledger import Ledger, OnRecord
-from depthsearch.run.loop import OnProgress, Outcome, Plan, SearchLoop
+from depthsearch.run.loop import OnProgress, Outcome, SearchLoop
+from depthsearch.run.planning import Plan
 from depthsearch.space import Hints, Mask, SearchSpace, Sensitivity, Status
 
 WINDOW_TOKENS = 8

@@ -6,7 +6,8 @@ from tests.run.synthetic import Search
 
 from depthsearch.journal import read_journal
 from depthsearch.run.course import Course
-from depthsearch.run.loop import Plan, Progress
+from depthsearch.run.loop import Progress
+from depthsearch.run.planning import Plan
 
 
 def test_the_figures_are_those_that_the_search_reported(tmp_path: Path) -> None:

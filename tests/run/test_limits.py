@@ -15,8 +15,8 @@ from depthsearch.errors import NothingFoundError
 from depthsearch.evaluation import Racing
 from depthsearch.journal import Journal, read_journal
 from depthsearch.run.ledger import Ledger
-from depthsearch.run.loop import Outcome, Plan, SearchLoop
-from depthsearch.run.planning import planned
+from depthsearch.run.loop import Outcome, SearchLoop
+from depthsearch.run.planning import Plan, planned
 from depthsearch.searchers import is_baseline
 from depthsearch.space import Mask, Stage
 

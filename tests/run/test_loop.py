@@ -18,7 +18,8 @@ from depthsearch.errors import ConfigError, JournalError, NothingFoundError
 from depthsearch.evaluation import Racing
 from depthsearch.journal import Journal, read_journal, without_times
 from depthsearch.run.choice import choose
-from depthsearch.run.loop import Outcome, Plan, Progress
+from depthsearch.run.loop import Outcome, Progress
+from depthsearch.run.planning import Plan
 from depthsearch.searchers import SEARCHERS, is_baseline, needs_sensitivity
 from depthsearch.space import Budget, Evaluation, Mask, Status
 

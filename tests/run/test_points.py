@@ -12,7 +12,8 @@ from tests.searchers.landscapes import toy
 
 from depthsearch.errors import ConfigError
 from depthsearch.journal import read_journal
-from depthsearch.run.loop import Outcome, Plan, check_cost
+from depthsearch.run.loop import Outcome
+from depthsearch.run.planning import Plan, check_cost
 from depthsearch.run.points import Contest, paired_lead
 from depthsearch.searchers import is_baseline
 from depthsearch.space import Budget, Evaluation, Mask, SearchSpace, Status

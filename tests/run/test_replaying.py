@@ -12,7 +12,7 @@ from depthsearch.config import SearchConfig
 from depthsearch.errors import InputError, JournalError
 from depthsearch.journal import read_journal
 from depthsearch.run import loop
-from depthsearch.run.loop import Plan
+from depthsearch.run.planning import Plan
 from depthsearch.run.replaying import replayed, searcher_options
 from depthsearch.searchers.mcts import MctsSearcher
 

@@ -26,7 +26,7 @@ from depthsearch.errors import ConfigError, JournalError
 from depthsearch.evaluation import Racing
 from depthsearch.journal import read_journal, without_times
 from depthsearch.run.directory import BEST, JOURNAL
-from depthsearch.run.loop import Plan
+from depthsearch.run.planning import Plan
 
 WAIT_S = 400
 

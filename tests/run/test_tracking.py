@@ -17,7 +17,7 @@ from depthsearch.errors import ConfigError
 from depthsearch.journal import Journal, read_journal, without_times
 from depthsearch.run.directory import BEST, CONFIG, JOURNAL
 from depthsearch.run.ledger import Ledger
-from depthsearch.run.loop import Plan
+from depthsearch.run.planning import Plan
 from depthsearch.run.search import resume, search
 from depthsearch.run.session import Session
 from depthsearch.run.tracking import FOLDER, Tracker, open_tracker, tracked

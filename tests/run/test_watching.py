@@ -18,7 +18,7 @@ from depthsearch.errors import JournalError, RunDirectoryError
 from depthsearch.journal import Record, read_journal
 from depthsearch.run.course import Step
 from depthsearch.run.directory import ARMS, BEST, COMPARE, CONFIG, JOURNAL, WORKERS
-from depthsearch.run.loop import Plan
+from depthsearch.run.planning import Plan
 from depthsearch.run.watching import (
     PHASES,
     CompareState,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
-from depthsearch.errors import ConfigError, NothingFoundError
+from depthsearch.errors import NothingFoundError
 from depthsearch.evaluation import Backend, Racing, evaluate
 from depthsearch.run.choice import choose
 from depthsearch.run.ledger import Ledger
-from depthsearch.run.planning import finalist, heads_price, planned
+from depthsearch.run.planning import Plan, Purse
 from depthsearch.run.points import Contest, Finalists, FrontPoint
 from depthsearch.run.replaying import ask_size, searcher_rng
 from depthsearch.run.sharing import join, leave, recorded_ask
@@ -23,10 +23,8 @@ from depthsearch.searchers import (
     Searcher,
     SharedSearcher,
     build_searcher,
-    is_baseline,
     needs_limit,
     needs_sensitivity,
-    offers_baselines,
 )
 from depthsearch.space import (
     Batch,
@@ -35,38 +33,12 @@ from depthsearch.space import (
     Mask,
     Proposal,
     SearchSpace,
-    Stage,
     Status,
     front_of,
 )
 
 _MOST_FAILURES = 100
 """Failed evaluations in a row after which a search gives up."""
-_FEWEST_FINALISTS = 4
-"""So many at least, besides those that are safe, are judged on all of the fresh text."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to search with: method, options, seed, limits on cost, and finalists to re-rank.
-
-    `cost_tokens` bounds everything: hints, search and finals. After `patience` masks on budget in a
-    row that were no better than what was known the search ends. `ask` bounds the masks of one ask.
-    So many of the best `baselines` are among the finalists, whatever their rank. `texts` are the
-    settings of how much text it takes, those that cost most first.
-    """
-
-    method: str
-    options: Mapping[str, object] = field(default_factory=dict)
-    seed: int = 0
-    cost_tokens: float | None = None
-    max_evaluations: int | None = None
-    patience: int | None = None
-    finalists: int = 16
-    racing: Racing | Literal[False] = field(default_factory=Racing)
-    ask: int | None = None
-    baselines: int = 1
-    texts: tuple[str, ...] = ("calibration.select_tokens", "calibration.finals_tokens")
 
 
 @dataclass(frozen=True)
@@ -132,8 +104,7 @@ class SearchLoop:
         self._failures = 0
         self._best: dict[int, float] = {}
         self._vain = 0
-        self._least = _least_finals(plan, space, finals)
-        self._prices: dict[Mask, float] = {}
+        self._purse = Purse(plan, space, select, finals)
 
     def run(self, start: Mapping[str, Any]) -> Outcome:
         """Search; `start` is the first record.
@@ -156,7 +127,9 @@ class SearchLoop:
             join(shared, self._ledger, start)
         reason, number = "finished", 0
         while (asked := self._ask(searcher)).proposals:
-            batch = self._affordable(asked)
+            batch = self._purse.affordable(
+                asked, self._spent, len(self._known), self._finalists(), bool(self._contest.masks)
+            )
             if len(batch.proposals) < len(asked.proposals):
                 reason = "budget"
             if not batch.proposals:
@@ -208,87 +181,6 @@ class SearchLoop:
 
     def _ask_size(self) -> int | None:
         return ask_size(self._plan.ask, self._plan.max_evaluations, len(self._known))
-
-    def _affordable(self, batch: Batch) -> Batch:
-        """The batch cut to what the limits still allow, which may be nothing.
-
-        A batch that would be cut to less than a quarter for its cost ends the search instead: a
-        handful of masks shares no prefixes, so its evaluations are dear.
-        """
-        plan, proposals = self._plan, batch.proposals
-        if plan.max_evaluations is not None:
-            proposals = proposals[: max(0, plan.max_evaluations - len(self._known))]
-        if plan.cost_tokens is not None:
-            left = plan.cost_tokens - self._spent
-            masks = [proposal.mask for proposal in proposals]
-            reserves = self._reserves(proposals)
-            low, high = 0, len(proposals)
-            while low < high:
-                middle = (low + high + 1) // 2
-                stages = self._stages(batch, middle)
-                cost = planned(self._select, masks[:middle], stages) + reserves[middle]
-                low, high = (middle, high) if cost <= left else (low, middle - 1)
-            small = self._contest.masks and 4 * low < len(proposals)
-            proposals = proposals[: 0 if small else low]
-        stages = self._stages(batch, len(proposals))
-        return Batch(proposals, batch.survivors, batch.rivals, stages)
-
-    def _stages(self, batch: Batch, count: int) -> tuple[Stage, ...]:
-        """The cuts of the race for that many masks, else the searcher's own of `batch`.
-
-        Without races a batch that may be raced isn't cut either; one that is only cut still is.
-        """
-        racing = self._plan.racing
-        if not racing:
-            return () if batch.survivors is not None else batch.stages
-        return racing.stages(count, batch.survivors, self._select.sequences) or batch.stages
-
-    def _reserves(self, proposals: Sequence[Proposal]) -> list[float]:
-        """What the finals may cost once the first 0, 1, ... of `proposals` are known as well.
-
-        That of the finalists by now, and at least that of those who are judged there whatever the
-        limit: each of them, or the dearest of the proposals that may take its place.
-        """
-        finalists = self._finalists()
-        now = self._finals_cost(finalists.masks, finalists.needed)
-        prices = [[self._final_price(mask) for mask in head] for head in finalists.heads]
-        new, safe, count = 0.0, 0.0, 0
-        reserves = []
-        for proposal in (None, *proposals):
-            if proposal is not None and proposal.final:
-                price = self._final_price(proposal.mask)
-                new = max(new, price)
-                if is_baseline(proposal.origin):
-                    safe, count = max(safe, price), count + 1
-            least = 0.0
-            for head in prices:
-                more = min(count, self._plan.baselines - len(head[1:]))
-                first = 0.0 if head else self._least
-                least += max(first, heads_price(head, new, safe, more))
-            reserves.append(self._finals.preparation + max(now, least))
-        return reserves
-
-    def _final_price(self, mask: Mask) -> float:
-        """The most that judging a mask on the fresh text costs by itself."""
-        if mask not in self._prices:
-            self._prices[mask] = self._finals.plan([mask])
-        return self._prices[mask]
-
-    def _finals_cost(self, masks: Sequence[Mask], needed: int) -> float:
-        """The most that judging these finalists may cost."""
-        return planned(self._finals, masks, self._final_stages(len(masks), needed))
-
-    def _final_stages(self, count: int, needed: int) -> tuple[Stage, ...]:
-        """The cuts of so many finalists on fresh text, the first `needed` of whom are safe.
-
-        The better half goes on after a quarter of it, and half of these after half of it. Without
-        races nobody is cut, nor where several budgets are asked for, whose masks don't compete.
-        """
-        if not self._plan.racing or self._space.front:
-            return ()
-        least = needed + _FEWEST_FINALISTS
-        shares = {1 / 4: max(least, -(-count // 2)), 1 / 2: max(least, -(-count // 4))}
-        return tuple(Stage(share, left) for share, left in shares.items() if left < count)
 
     def _finalists(self) -> Finalists:
         """The masks to re-rank, the best and the best baselines first, and all baselines."""
@@ -382,7 +274,7 @@ class SearchLoop:
         if self._plan.cost_tokens is not None:
             left = self._plan.cost_tokens - self._spent - self._finals.preparation
             least = finalists.needed
-            while len(masks) > least and self._finals_cost(masks, least) > left:
+            while len(masks) > least and self._purse.finals_cost(masks, least) > left:
                 masks.pop()
         if not any(self._known[mask].status is Status.OK for mask in contest.at(contest.own)):
             if not self._known and self._plan.cost_tokens is not None:
@@ -400,7 +292,7 @@ class SearchLoop:
             evaluations, cost = evaluate(
                 self._finals,
                 masks,
-                stages=self._final_stages(len(masks), finalists.needed),
+                stages=self._purse.final_stages(len(masks), finalists.needed),
                 safe=masks[: finalists.needed],
                 on_unit=lambda done, total, cost: self._report(
                     "finals", self._spent + cost, done / total, ()
@@ -467,27 +359,3 @@ class SearchLoop:
         self._on_progress(
             Progress(phase, fraction, spent, len(self._known), min(losses, default=None))
         )
-
-
-def check_cost(plan: Plan, space: SearchSpace, select: Backend, finals: Backend) -> None:
-    """Refuse a cost limit too low for hints, one mask and the finals; raises ConfigError."""
-    if plan.cost_tokens is None:
-        return
-    dense = [space.dense]
-    # Hints run the dense model on at most all of the text, and its attentions twice.
-    least = select.preparation + 3 * select.plan(dense)
-    if needs_sensitivity(plan.method):
-        # Twice forwards, and backwards with its attentions twice.
-        least += 4 * select.plan(dense)
-    least += finals.preparation + len(space.points) * _least_finals(plan, space, finals)
-    if plan.cost_tokens < least:
-        raise ConfigError(
-            f"search.cost_tokens is {plan.cost_tokens:,.0f}, too little for one pass of the dense "
-            f"model, a mask and the final ranking: give at least {least:,.0f}, or lower "
-            f"{' and '.join(plan.texts)}"
-        )
-
-
-def _least_finals(plan: Plan, space: SearchSpace, finals: Backend) -> float:
-    """What the finals of a budget cost at least: the best mask, and a baseline if there may be."""
-    return (1 + offers_baselines(plan.method)) * finalist(space, finals)

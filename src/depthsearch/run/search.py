@@ -32,7 +32,8 @@ from depthsearch.run.directory import (
 from depthsearch.run.fits import text_name
 from depthsearch.run.front import front_grid, front_json
 from depthsearch.run.ledger import Ledger, difference
-from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop, check_cost
+from depthsearch.run.loop import OnProgress, Outcome, Progress, SearchLoop
+from depthsearch.run.planning import check_cost
 from depthsearch.run.session import Session, opened
 from depthsearch.run.sharing import search_identity
 from depthsearch.run.tasks import check_two_stacks

@@ -33,8 +33,8 @@ from depthsearch.run import tasks
 from depthsearch.run.fits import load_fit, text_name
 from depthsearch.run.front import with_front
 from depthsearch.run.latency_table import Latency, read_latency
-from depthsearch.run.loop import Plan
 from depthsearch.run.opening import open_model, open_streamed
+from depthsearch.run.planning import Plan
 from depthsearch.run.replaying import searcher_options
 from depthsearch.run.signing import signed
 from depthsearch.run.spaces import make_space
