@@ -29,7 +29,8 @@ from depthsearch.errors import DepthsearchError
 from depthsearch.evaluation import Backend, Racing, UnitResult
 from depthsearch.journal import Journal, read_journal
 from depthsearch.run.ledger import Ledger
-from depthsearch.run.loop import Plan, SearchLoop
+from depthsearch.run.loop import SearchLoop
+from depthsearch.run.planning import Plan
 from depthsearch.run.session import Session
 from depthsearch.space import Evaluation, Hints, Mask, Sensitivity, Status
 

@@ -128,7 +128,7 @@ class SearchLoop:
         reason, number = "finished", 0
         while (asked := self._ask(searcher)).proposals:
             batch = self._purse.affordable(
-                asked, self._spent, len(self._known), self._finalists(), bool(self._contest.masks)
+                asked, self._spent, len(self._known), self._finalists, bool(self._contest.masks)
             )
             if len(batch.proposals) < len(asked.proposals):
                 reason = "budget"

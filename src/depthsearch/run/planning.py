@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,14 +51,19 @@ class Purse:
         self._prices: dict[Mask, float] = {}
 
     def affordable(
-        self, batch: Batch, spent: float, known: int, finalists: Finalists, begun: bool
+        self,
+        batch: Batch,
+        spent: float,
+        known: int,
+        finalists: Callable[[], Finalists],
+        begun: bool,
     ) -> Batch:
         """The batch cut to what the limits still allow, which may be nothing.
 
-        So much is `spent` on so many `known` masks, of which `finalists` would be judged by now. A
-        batch that would be cut to less than a quarter for its cost ends the search instead if it
-        has `begun` to have masks on budget: a handful of masks shares no prefixes, so its
-        evaluations are dear.
+        So much is `spent` on so many `known` masks, of which `finalists` tells who would be judged
+        by now. A batch that would be cut to less than a quarter for its cost ends the search
+        instead if it has `begun` to have masks on budget: a handful of masks shares no prefixes, so
+        its evaluations are dear.
         """
         plan, proposals = self._plan, batch.proposals
         if plan.max_evaluations is not None:
@@ -66,7 +71,7 @@ class Purse:
         if plan.cost_tokens is not None:
             left = plan.cost_tokens - spent
             masks = [proposal.mask for proposal in proposals]
-            reserves = self._reserves(finalists, proposals)
+            reserves = self._reserves(finalists(), proposals)
             low, high = 0, len(proposals)
             while low < high:
                 middle = (low + high + 1) // 2

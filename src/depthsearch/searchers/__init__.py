@@ -98,7 +98,10 @@ def needs_limit(method: str) -> bool:
 
 
 def offers_baselines(method: str) -> bool:
-    """Whether a method may propose cheap baselines; raises ConfigError for no method."""
+    """Whether to expect cheap baselines of a method; raises ConfigError for no method.
+
+    Only where partial masks come first does it matter before its proposals tell.
+    """
     return _method(method).baselines
 
 
@@ -129,7 +132,7 @@ class Method:
     """The options of a method, and what builds its searcher from them once they are parsed.
 
     `sensitivity` says that its hints must hold one, `endless` that only a limit ends it,
-    `baselines` that a baseline may be among its proposals.
+    `baselines` is False where no baseline is ever among its proposals and partial masks come first.
     """
 
     options: type
